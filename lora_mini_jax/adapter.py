@@ -1,0 +1,260 @@
+"""The adapter of a whole model: its leaves by kernel path, and what can be done with them.
+
+`Adapter` is a pytree. Its ``trainable`` leaves are all an optimiser ever sees; ``frozen`` ones ride
+along; which method adapts which kernel is static. The model's own parameters stay a separate tree,
+never changed and never an argument of ``grad``.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.method import Factors, Method
+from lora_mini_jax.methods import from_dict
+from lora_mini_jax.tree import Target, flatten, listing, matches, over_lead, unflatten
+
+SUFFIX = "_adapter"
+"""Beside ``kernel``, a joined tree holds ``kernel_adapter: {"trainable": ..., "frozen": ...}``."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapted kernel: which it is, and by which method."""
+
+    target: Target
+    method: Method
+
+    @property
+    def n_trainable(self) -> int:
+        """Trained parameters here, over all stacked layers."""
+        matrices = 1
+        for size in self.target.lead:
+            matrices *= size
+        return matrices * self.method.n_trainable(self.target.n_in, self.target.n_out)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("trainable", "frozen", "key"),
+    meta_fields=("sites",),
+)
+@dataclass(frozen=True)
+class Adapter:
+    """The leaves of an adapter. Make one with `init`.
+
+    Attributes:
+        trainable: ``{path: {name: float32 array}}``, what is trained.
+        frozen: ``{path: {name: array}}``, what is not: outer factors and the like.
+        key: the data of the random key it was drawn with (uint32), kept so that the frozen leaves
+            can be drawn again.
+        sites: the adapted kernels and their methods, static under ``jit``.
+    """
+
+    trainable: dict[str, Factors]
+    frozen: dict[str, Factors]
+    key: jax.Array
+    sites: tuple[Site, ...]
+
+    def factors(self, path: str) -> Factors:
+        """Trainable and frozen leaves of one kernel together."""
+        return {**self.frozen.get(path, {}), **self.trainable.get(path, {})}
+
+    def with_trainable(self, trainable: dict[str, Factors]) -> "Adapter":
+        """The same adapter with other trained leaves."""
+        return replace(self, trainable=trainable)
+
+
+def plan(
+    method: Method,
+    targets: Iterable[Target],
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[Site, ...]:
+    """Which method adapts which kernel, checked before anything is computed.
+
+    Args:
+        method: the method for every target that no override names.
+        targets: the kernels, as `select` gives them.
+        overrides: ``{regular expression: {field: value}}``, other hyper-parameters for some
+            kernels: ``{"mlp": {"rank": 4, "alpha": 8.0}}``. The last that matches wins.
+
+    Raises:
+        UserError: a pattern that matches none of the targets, a field the method does not have,
+            or kernels the method cannot adapt: all of them in one message.
+    """
+    targets, overrides = tuple(targets), overrides or {}
+    for pattern in overrides:
+        if not any(matches(t, pattern) for t in targets):
+            raise UserError(f"override {pattern!r} matches no kernel; {listing(targets)}")
+    sites = []
+    for target in targets:
+        own = method
+        for pattern, changed in overrides.items():
+            if matches(target, pattern):
+                own = from_dict({**method.to_dict(), **changed})
+        sites.append(Site(target, own))
+    check(sites)
+    return tuple(sites)
+
+
+def check(sites: Iterable[Site]) -> None:
+    """Raise one `UserError` that lists every kernel its method cannot adapt."""
+    found = [
+        f"{s.target.path} ({s.target.n_in} x {s.target.n_out}): {problem}"
+        for s in sites
+        for problem in s.method.problems(s.target.n_in, s.target.n_out)
+    ]
+    if found:
+        raise UserError(
+            f"{'; '.join(found)}. Lower the setting, exclude these kernels, or override it for them"
+        )
+
+
+def init(
+    params: Mapping[str, Any],
+    method: Method,
+    targets: Iterable[Target],
+    key: jax.Array | int = 0,
+    *,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Adapter:
+    """Draw an adapter for the given kernels.
+
+    Every kernel has a random stream of its own, made from ``key`` and its path, so adding or
+    removing targets changes no other kernel's factors; stacked layers are drawn one by one.
+
+    Args:
+        params: the model's parameters, a nested mapping; only read.
+        method: `LoRA`, `LoRAMini`, ...
+        targets: the kernels to adapt: ``select(linen.targets(model, params, x), "q_proj|v_proj")``.
+        key: a JAX random key, or an integer seed.
+        overrides: other hyper-parameters for some kernels, see `plan`.
+
+    Raises:
+        UserError: see `plan`; also a target that ``params`` does not have, or in another shape.
+
+    Example:
+        >>> targets = [Target("up/kernel", (8, 32))]
+        >>> params = {"up": {"kernel": jnp.ones((8, 32))}}
+        >>> from lora_mini_jax.methods import LoRA
+        >>> count(init(params, LoRA(rank=2), targets))
+        80
+    """
+    return draw(params, plan(method, targets, overrides), key)
+
+
+def draw(params: Mapping[str, Any], sites: tuple[Site, ...], key: jax.Array | int) -> Adapter:
+    """`init` for sites already planned; pure, so it works under ``jit`` and ``eval_shape``."""
+    key = as_key(key)
+    kernels = _kernels(params, sites)
+    trainable, frozen = {}, {}
+    for site in sites:
+        path = site.target.path
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        trainable[path], frozen[path] = _draw_one(site.method, own, kernels[path])
+    return Adapter(trainable, frozen, jax.random.key_data(key), sites)
+
+
+def as_key(key: jax.Array | int) -> jax.Array:
+    """A typed random key from a seed, a key or a key's data."""
+    if isinstance(key, int):
+        return jax.random.key(key)
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+
+
+def merge(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """Parameters of the plain model that computes the same: the adapter folded into the kernels.
+
+    Computed in float32 whatever the kernels' dtype, then cast back to it: a bfloat16 kernel can
+    lose a small update, so keep float32 parameters, or merge at the very end.
+
+    Raises:
+        UserError: an adapted kernel that ``params`` does not have, or in another shape.
+    """
+    return _change(params, adapter, lambda method: method.merge)
+
+
+def unmerge(merged: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """The inverse of `merge` with the same adapter: takes the update out again (in float32)."""
+    return _change(merged, adapter, lambda method: method.unmerge)
+
+
+def join(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """One tree: beside every adapted ``kernel`` its ``kernel_adapter`` subtree.
+
+    For people who keep one tree, with `optim.freeze`; `split` takes it apart. The adapted call
+    joins for its own length, so that ``nn.scan`` and its kin slice factors with their kernel.
+    """
+    _kernels(params, adapter.sites)
+    flat = flatten(params)
+    for site in adapter.sites:
+        path = site.target.path
+        for group, leaves in (("trainable", adapter.trainable), ("frozen", adapter.frozen)):
+            for name, leaf in leaves.get(path, {}).items():
+                flat[f"{path}{SUFFIX}/{group}/{name}"] = leaf
+    return unflatten(flat)
+
+
+def split(tree: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, Any], Adapter]:
+    """The inverse of `join`: ``(params, adapter)``; ``adapter`` gives sites and key."""
+    params: dict[str, Any] = {}
+    parts: dict[str, dict[str, Factors]] = {
+        "trainable": {site.target.path: {} for site in adapter.sites},
+        "frozen": {site.target.path: {} for site in adapter.sites},
+    }
+    for path, leaf in flatten(tree).items():
+        owner, mark, rest = path.partition(f"{SUFFIX}/")
+        if mark and owner in parts["trainable"]:
+            group, name = rest.split("/")
+            parts[group][owner][name] = leaf
+        else:
+            params[path] = leaf
+    return unflatten(params), replace(adapter, **parts)
+
+
+def count(adapter: Adapter) -> int:
+    """How many parameters are trained."""
+    return sum(leaf.size for leaf in jax.tree.leaves(adapter.trainable))
+
+
+@partial(jax.jit, static_argnums=0)
+def _draw_one(method: Method, key: jax.Array, kernels: jax.Array) -> tuple[Factors, Factors]:
+    """The leaves of one site, a matrix at a time. Compiled always, so that drawing them again gives
+    the same bits: what XLA fuses rounds differently from the same operations one by one."""
+    lead = kernels.shape[:-2]
+    keys = jax.random.split(key, lead) if lead else key
+    return over_lead(method.init, len(lead))(keys, kernels)
+
+
+def _change(
+    params: Mapping[str, Any], adapter: Adapter, choose: Callable[[Method], Callable]
+) -> dict[str, Any]:
+    kernels, flat = _kernels(params, adapter.sites), flatten(params)
+    for site in adapter.sites:
+        target, path = site.target, site.target.path
+        change = over_lead(choose(site.method), len(target.lead))
+        changed = change(kernels[path], adapter.factors(path))
+        flat[path] = target.unmatrix(changed).astype(flat[path].dtype)
+    return unflatten(flat)
+
+
+def _kernels(params: Mapping[str, Any], sites: Iterable[Site]) -> dict[str, jax.Array]:
+    """Each site's kernel as ``(*lead, in, out)``; everything that does not fit in one error."""
+    flat = flatten(params)
+    wrong = []
+    for target in (site.target for site in sites):
+        if target.path not in flat:
+            wrong.append(f"{target.path} is missing")
+        elif tuple(flat[target.path].shape) != target.shape:
+            wrong.append(f"{target.path} is {tuple(flat[target.path].shape)}, not {target.shape}")
+    if wrong:
+        raise UserError(
+            f"the adapter does not fit these parameters: {'; '.join(wrong)}. "
+            "Use the model it was made for, or make a new adapter"
+        )
+    return {s.target.path: s.target.matrix(flat[s.target.path]) for s in sites}

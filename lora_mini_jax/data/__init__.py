@@ -1,0 +1,27 @@
+"""Records in, packed batches of tokens out, and the loss that reads such a batch.
+
+The steps, each a plain function: ``read_records`` (files, folders, hub ids), ``load_tokenizer``,
+``encode_records`` (text, prompt and completion, chat), ``pack`` (many examples to a row) and
+``Batches`` (a pure function from the step to the batch); ``token_loss`` closes the circle.
+"""
+
+from lora_mini_jax.data.batches import Batches, Packed, pack
+from lora_mini_jax.data.examples import Encoded, Example, encode_records
+from lora_mini_jax.data.fields import Fields
+from lora_mini_jax.data.loss import token_loss
+from lora_mini_jax.data.records import read_records
+from lora_mini_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "Batches",
+    "Encoded",
+    "Example",
+    "Fields",
+    "Packed",
+    "Tokenizer",
+    "encode_records",
+    "load_tokenizer",
+    "pack",
+    "read_records",
+    "token_loss",
+]

@@ -1,0 +1,157 @@
+"""Records to token sequences, each with a mask of the tokens whose prediction is trained.
+
+Three forms, told apart by ``fields.Fields``:
+
+- **text**: ``bos text eos``; loss on every token.
+- **prompt and completion**: ``bos prompt separator completion eos``; loss on the completion and
+  eos only. The prompt (with its separator) and the completion are tokenised apart and joined, so
+  that no token straddles the border and a prompt at generation gives the very same tokens.
+- **messages**: a list of ``{"role": ..., "content": ...}``, written by the tokenizer's chat
+  template and by nothing else: the template has its own bos and end-of-turn tokens. Loss on the
+  assistant's turns and what closes them (see ``chat.assistant_spans``).
+
+bos and eos are those of the tokenizer, where it has them. The first token of a sequence is
+predicted from nothing, so it never counts in the loss.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from lora_mini_jax.data.fields import Fields, conversations, strings
+from lora_mini_jax.data.files import Record
+from lora_mini_jax.data.tokenizer import Tokenizer
+from lora_mini_jax.errors import UserError
+
+Overlong = Literal["skip", "truncate", "error"]
+
+
+class Example(NamedTuple):
+    """One sequence: ``tokens`` (n,) int32, and ``loss_mask`` (n,) bool.
+
+    ``loss_mask[i]`` says whether the prediction *of* token ``i`` (from those before it) counts.
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+
+
+class Encoded(NamedTuple):
+    """The examples in the order of their records, and how many were left out or cut."""
+
+    examples: list[Example]
+    skipped: int
+    truncated: int
+
+
+def encode_records(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    fields: Fields,
+    *,
+    max_length: int,
+    overlong: Overlong = "skip",
+    source: str = "records",
+) -> Encoded:
+    """The records as examples of at most ``max_length`` tokens.
+
+    Args:
+        records: as from ``read_records``; all of one form.
+        tokenizer: as from ``load_tokenizer``.
+        fields: where the text is.
+        max_length: the most tokens an example may have, at least 2.
+        overlong: what to do with a longer one: ``"skip"`` it, ``"truncate"`` it at its end, or
+            raise an ``"error"``. An example that has no token with loss (any more) is skipped.
+        source: what error messages call the records, such as their file.
+
+    Raises:
+        UserError: no records, a field that is missing or holds no text (the message names the
+            record, counted from 1), an overlong example if so asked, or nothing left at all.
+
+    Example:
+        >>> import tokenizers
+        >>> words = tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a")
+        >>> tokenizer = Tokenizer(tokenizers.Tokenizer(words), None, None, 2, None, {})
+        >>> fields = Fields(prompt_field="q", completion_field="r", separator="")
+        >>> encode_records([{"q": "a", "r": "b"}], tokenizer, fields, max_length=8).examples
+        [Example(tokens=array([0, 1], dtype=int32), loss_mask=array([False,  True]))]
+    """
+    if max_length < 2:
+        raise UserError(f"max_length {max_length} is not allowed: give a whole number from 2")
+    if overlong not in get_args(Overlong):
+        raise UserError(f"overlong {overlong!r} is not allowed: give skip, truncate or error")
+    if not records:
+        raise UserError(f"{source}: no records to encode: give at least one")
+    fields = fields.resolved(records[0])
+    if fields.messages_field is not None:
+        sequences = _chats(records, tokenizer, fields.messages_field, source)
+    elif fields.prompt_field is not None and fields.completion_field is not None:
+        prompts = strings(records, fields.prompt_field, source)
+        completions = strings(records, fields.completion_field, source)
+        prompts = [prompt + fields.separator for prompt in prompts]
+        sequences = _completions(prompts, completions, tokenizer)
+    else:
+        texts = strings(records, fields.text_field or "text", source)
+        sequences = _completions(None, texts, tokenizer)
+    return _fit(sequences, max_length, overlong, source)
+
+
+def _fit(sequences: list[Example], max_length: int, overlong: Overlong, source: str) -> Encoded:
+    lengths = [len(sequence.tokens) for sequence in sequences]
+    long = [index for index, length in enumerate(lengths) if length > max_length]
+    if long and overlong == "error":
+        raise UserError(
+            f"{source}, record {long[0] + 1}: {lengths[long[0]]} tokens, more than max_length "
+            f"{max_length} (as are {len(long)} of {len(lengths)} records): "
+            "raise max_length, or set overlong to skip or truncate"
+        )
+    examples, truncated = [], 0
+    for sequence in sequences:
+        cut = len(sequence.tokens) > max_length
+        if cut and overlong == "skip":
+            continue
+        example = Example(sequence.tokens[:max_length], sequence.loss_mask[:max_length])
+        if example.loss_mask.any():
+            examples.append(example)
+            truncated += cut
+    if not examples:
+        raise UserError(
+            f"{source}: none of {len(lengths)} records gives an example with loss (lengths: "
+            f"{min(lengths)} to {max(lengths)} tokens, max_length {max_length}): raise max_length, "
+            "set overlong to truncate, or check the fields"
+        )
+    return Encoded(examples, len(sequences) - len(examples), truncated)
+
+
+def _completions(
+    prompts: list[str] | None, completions: list[str], tokenizer: Tokenizer
+) -> list[Example]:
+    """Examples of the first two forms: a text is a completion that has no prompt."""
+    opening = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    closing = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    before = [[]] * len(completions) if prompts is None else tokenizer.encode_batch(prompts)
+    examples = []
+    for prompt, completion in zip(before, tokenizer.encode_batch(completions), strict=True):
+        given = opening + prompt
+        answer = completion + closing
+        examples.append(_example(given + answer, [False] * len(given) + [True] * len(answer)))
+    return examples
+
+
+def _chats(
+    records: Sequence[Record], tokenizer: Tokenizer, field: str, source: str
+) -> list[Example]:
+    examples = []
+    for number, messages in enumerate(conversations(records, field, source), 1):
+        try:
+            examples.append(_example(*tokenizer.encode_chat(messages)))
+        except UserError as error:
+            raise UserError(f"{source}, record {number}: {error}") from error
+    return examples
+
+
+def _example(ids: list[int], mask: list[bool]) -> Example:
+    loss_mask = np.array(mask, bool)
+    loss_mask[:1] = False
+    return Example(np.array(ids, np.int32), loss_mask)

@@ -1,0 +1,155 @@
+"""One reader per file format: a path in, an iterator of records (``dict``) out.
+
+``READERS`` maps an ending to its reader; ``records.read_records`` has the table of formats. Every
+reader yields as it reads, so that a limit spares the rest of the file. Errors are ``UserError``
+and name the file and, in text files, the line, counted from 1.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from lora_mini_jax.errors import UserError
+
+Record = dict[str, Any]
+
+_JSON_KINDS = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+
+
+def one_line(error: BaseException, longest: int = 300) -> str:
+    """An exception of another library as one line, cut to ``longest`` characters.
+
+    Example:
+        >>> one_line(KeyError("a"))
+        "KeyError: 'a'"
+    """
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file with their numbers from 1, decoded singly so an error has one."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path}, line {number}: byte {error.object[error.start]:#04x} is not UTF-8: "
+                    "save the file as UTF-8"
+                ) from None
+
+
+def _kind(value: object) -> str:
+    return _JSON_KINDS.get(type(value), "a number")
+
+
+def _jsonl(path: Path) -> Iterator[Record]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path}, line {number}: not valid JSON ({one_line(error)}): "
+                "write one JSON object a line"
+            ) from None
+        if not isinstance(record, dict):
+            raise UserError(
+                f"{path}, line {number}: {_kind(record)}, not an object: "
+                'write one JSON object a line, like {"text": "..."}'
+            )
+        yield record
+
+
+def _json(path: Path) -> Iterator[Record]:
+    text = "".join(line for _, line in _lines(path))
+    if not text.strip():
+        return
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(
+            f"{path}{line}: not valid JSON ({one_line(error)}): "
+            "write a list of objects, or name a file with one object a line .jsonl"
+        ) from None
+    if not isinstance(items, list):
+        given = "an object" if isinstance(items, dict) else _kind(items)
+        raise UserError(f"{path} holds {given} at its top: write a list of objects")
+    for number, item in enumerate(items, 1):
+        if not isinstance(item, dict | str):
+            raise UserError(f"{path}, item {number}: {_kind(item)}: write an object or a string")
+        yield {"text": item} if isinstance(item, str) else item
+
+
+def _table(path: Path, delimiter: str, quoting: Any) -> Iterator[Record]:
+    lines = (line for _, line in _lines(path))
+    # Strict, for otherwise a quote that is never closed swallows the rest of the file in silence.
+    rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    header: list[str] | None = None
+    start = 1
+    try:
+        for row in rows:
+            if row and header is None:
+                header = row
+                if len(set(header)) < len(header):
+                    raise UserError(
+                        f"{path}, line {start}: two columns have one name ({', '.join(header)}): "
+                        "name each column differently"
+                    )
+            elif row and header is not None:
+                if len(row) != len(header):
+                    raise UserError(
+                        f"{path}, line {start}: fields: {len(row)}, but the header has "
+                        f"{len(header)} ({', '.join(header)}): give every row as many as the header"
+                    )
+                yield dict(zip(header, row, strict=True))
+            start = rows.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {start}: not a row of the table ({error}): "
+            "quote the field as RFC 4180 does, or write the records as .jsonl"
+        ) from None
+
+
+def _csv(path: Path) -> Iterator[Record]:
+    return _table(path, ",", csv.QUOTE_MINIMAL)
+
+
+def _tsv(path: Path) -> Iterator[Record]:
+    return _table(path, "\t", csv.QUOTE_NONE)
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UserError(
+            f"{path} is not a parquet file ({one_line(error)}): write it again, or as .jsonl"
+        ) from None
+
+
+def _txt(path: Path) -> Iterator[Record]:
+    lines = (line.rstrip("\r\n") for _, line in _lines(path))
+    for blank, block in groupby(lines, key=lambda line: not line.strip()):
+        if not blank:
+            yield {"text": "\n".join(block)}
+
+
+READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".parquet": _parquet,
+    ".txt": _txt,
+}

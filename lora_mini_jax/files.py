@@ -1,0 +1,101 @@
+"""Writing that loses nothing: everything goes to a temporary name first, then is renamed."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lora_mini_jax.errors import UserError
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Generator[Path]:
+    """A temporary folder beside ``path`` that takes its place when the block ends without error.
+
+    What was at ``path`` before stays until the new folder is complete, and for good if it fails.
+
+    Raises:
+        UserError: no permission, a full disk, or a file in the way.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as home:
+        ...     with new_folder(Path(home) / "out") as folder:
+        ...         _ = (folder / "a.txt").write_text("whole")
+        ...     (Path(home) / "out" / "a.txt").read_text()
+        'whole'
+    """
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file: name a folder to write to")
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        try:
+            yield temporary
+            os.chmod(temporary, 0o777 & ~_umask())
+            old = temporary.with_suffix(".old")
+            if path.exists():
+                path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a whole text file or nothing."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file, indented, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; `UserError` names the file (and the line) when it cannot be."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+@contextmanager
+def writing(path: str | Path) -> Generator[None]:
+    """Turn what the disk refuses into a `UserError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the disk is full: could not write {path}; what was there before is unchanged, "
+                "free some space and run the same command again"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,154 @@
+"""Text from a Llama, plain or adapted: prompts of different lengths, a cache, greedy or nucleus.
+
+Example:
+    >>> from lora_mini_jax.models import Llama, LlamaConfig
+    >>> model = Llama(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24,
+    ...                           num_hidden_layers=1, num_attention_heads=2))
+    >>> params = model.init(jax.random.key(0), jnp.array([[1]]))["params"]
+    >>> texts = generate(model, params, [[1, 5], [1, 9, 4]], max_new_tokens=3, eos_id=())
+    >>> [len(text) for text in texts]
+    [3, 3]
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.models.llama import Llama, LlamaConfig, init_cache
+
+_BUCKET = 32  # prompts are padded to a multiple, so that a few programs serve every length
+
+
+def generate(
+    model: Llama,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    adapter: Any = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eos_id: int | Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Continue each prompt; compiled once for a model, batch size, length bucket and token count.
+
+    Args:
+        model, params: as :func:`lora_mini_jax.models.load` returns them.
+        prompts: token ids, one list a row, of any lengths.
+        adapter: an adapter of ``params``, or None for the plain model.
+        max_new_tokens: the most tokens a row may gain.
+        temperature: 0 takes the likeliest token; above, logits are divided by it and sampled.
+        top_p: sample from the smallest set of likeliest tokens whose probability reaches this.
+        seed: of the sampling; equal calls give equal text.
+        eos_id: id or ids that end a row; None takes the config's, ``()`` never ends one.
+
+    Returns:
+        The new tokens of each row, without the prompt and without the end token.
+
+    Raises:
+        UserError: an empty prompt, ids outside the vocabulary, too many tokens for the model's
+            positions, or sampling settings out of range; all of them in one line.
+    """
+    config = model.config
+    rows = [np.asarray(prompt) for prompt in prompts]
+    _check(config, rows, max_new_tokens, temperature, top_p)
+    if not rows:
+        return []
+    width = -(-max(map(len, rows)) // _BUCKET) * _BUCKET
+    tokens = np.zeros((len(rows), width), np.int32)
+    valid = np.zeros((len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, width - len(row) :] = row
+        valid[i, width - len(row) :] = 1
+    ends = config.eos_token_id if eos_id is None else eos_id
+    ends = np.atleast_1d(np.asarray(() if ends is None else ends, np.int32))
+    # Arrays, not Python numbers: another temperature must not be another program.
+    knobs = jnp.float32(temperature), jnp.float32(top_p), jax.random.key(seed)
+    out = _run(model, max_new_tokens, params, adapter, tokens, valid, ends, knobs)
+    return [[int(t) for t in row if t >= 0] for row in np.asarray(out)]
+
+
+def _check(config: LlamaConfig, rows: list, new: int, temperature: float, top_p: float) -> None:
+    bad = []
+    for i, row in enumerate(rows):
+        if not row.size:
+            bad.append(f"prompt {i} is empty")
+        elif row.ndim != 1 or row.dtype.kind not in "iu":
+            bad.append(f"prompt {i} is not a list of token ids")
+        elif (wrong := row[(row < 0) | (row >= config.vocab_size)]).size:
+            bad.append(f"prompt {i} has ids {wrong.tolist()} outside 0..{config.vocab_size - 1}")
+    if new < 1:
+        bad.append(f"max_new_tokens={new} is below 1")
+    longest = max((row.size for row in rows), default=0)
+    if longest + new > (limit := config.max_position_embeddings):
+        bad.append(f"{longest} prompt tokens and max_new_tokens={new} exceed the model's {limit}")
+    if not 0 <= temperature < float("inf"):
+        bad.append(f"temperature={temperature} is not a finite number from 0")
+    if not 0 < top_p <= 1:
+        bad.append(f"top_p={top_p} is not above 0 and at most 1")
+    if bad:
+        raise UserError(f"cannot generate: {'; '.join(bad)}; correct these arguments")
+
+
+def _pick(logits: jax.Array, temperature: jax.Array, top_p: jax.Array, key: jax.Array):
+    """One token id (batch,) int32 from logits (batch, vocab) float32."""
+
+    def sample():
+        # The maximum is taken off first: a tiny temperature then gives -inf, never inf - inf.
+        scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+        order = jnp.argsort(-scaled, axis=-1)
+        ranked = jnp.take_along_axis(scaled, order, axis=-1)
+        probs = jax.nn.softmax(ranked, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs
+        # At 1 everything stays, though a rounded sum may pass 1 before the tail.
+        kept = jnp.where((before < top_p) | (top_p >= 1), ranked, -jnp.inf)
+        rank = jax.random.categorical(key, kept, axis=-1)
+        return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+    def greedy():
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    return jax.lax.cond(temperature > 0, sample, greedy)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(model: Llama, new: int, params, adapter, tokens, valid, ends, knobs) -> jax.Array:
+    """New tokens (batch, new) int32, -1 from a row's end on; prompts are padded on the left."""
+    temperature, top_p, key = knobs
+    batch, width = tokens.shape
+
+    def call(tokens, positions, segments, cache):
+        kw = {"positions": positions, "segment_ids": segments, "cache": cache}
+        if adapter is None:
+            return model.apply({"params": params}, tokens, **kw)
+        from lora_mini_jax.linen import adapt
+
+        return adapt(model)(params, adapter, tokens, **kw)
+
+    def step(i, logits, out, done):
+        """Record token i; a finished row records -1, and what it is fed no longer matters."""
+        token = _pick(logits[:, -1], temperature, top_p, jax.random.fold_in(key, i))
+        done |= jnp.any(token[:, None] == ends, axis=-1)
+        return token, out.at[:, i].set(jnp.where(done, -1, token)), done
+
+    def body(state):
+        i, token, position, cache, out, done = state
+        one = jnp.ones((batch, 1), jnp.int32)
+        logits, cache = call(token[:, None], position[:, None], one, cache)
+        token, out, done = step(i, logits, out, done)
+        return i + 1, token, position + 1, cache, out, done
+
+    cache = init_cache(model.config, batch, width + new, model.dtype)
+    # A row's first real token stands at position 0, wherever its padding ends.
+    positions = jnp.maximum(jnp.cumsum(valid, axis=-1) - 1, 0)
+    logits, cache = call(tokens, positions, valid, cache)
+    out = jnp.full((batch, new), -1, jnp.int32)
+    token, out, done = step(0, logits, out, jnp.zeros(batch, bool))
+    state = (jnp.int32(1), token, positions[:, -1] + 1, cache, out, done)
+    return jax.lax.while_loop(lambda s: (s[0] < new) & ~jnp.all(s[5]), body, state)[4]

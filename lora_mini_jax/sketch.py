@@ -1,0 +1,38 @@
+"""Short numeric digests of arrays, equal across machines up to rounding.
+
+A hash of the bits would call a factor that was drawn on a TPU and drawn again on a CPU a different
+one, although it differs in the last bit of a few numbers. A sketch is a handful of projections: it
+moves by about the relative size of the rounding, and by about its own size when the array is
+another one.
+"""
+
+from typing import Any
+
+import numpy as np
+
+MOST = 1 << 16  # entries looked at in one array, evenly spread: an 8B model is sketched in seconds
+
+
+def sketch(array: Any, n: int = 3) -> list[float]:
+    """An array's root mean square, then ``n`` projections of it on that scale (six digits each).
+
+    Example:
+        >>> a = np.ones((4, 4), np.float32)
+        >>> same(sketch(a), sketch(a + 1e-6)), same(sketch(a), sketch(a.cumsum(1)))
+        (True, False)
+    """
+    flat = np.asarray(array).reshape(-1)
+    flat = flat[:: max(1, flat.size // MOST)].astype(np.float64)
+    if flat.size == 0:
+        return [0.0] * (n + 1)
+    waves = np.cos(np.outer(np.arange(1, n + 1) * 0.7548776662, np.arange(flat.size) + 1))
+    values = [np.sqrt(np.mean(flat**2)), *(waves @ flat * (2 / flat.size) ** 0.5)]
+    return [float(f"{value:.6g}") for value in values]
+
+
+def same(a: list[float], b: list[float], tolerance: float = 3e-3) -> bool:
+    """Whether two sketches are of the same array up to rounding (to bfloat16 at the coarsest)."""
+    if len(a) != len(b):
+        return False
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return bool(np.linalg.norm(x - y) <= tolerance * max(np.linalg.norm(x), 1e-30))

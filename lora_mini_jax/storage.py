@@ -1,0 +1,202 @@
+"""A finished adapter as a folder: ``adapter.json`` and ``adapter.safetensors``, a few kilobytes.
+
+Saved are the trained leaves, the random key, and the sites with their methods. The frozen leaves
+are drawn again when loading, and checked against a sketch; so is the base model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_mini_jax.adapter import Adapter, Site, check, draw
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.files import new_folder, read_json, write_json, writing
+from lora_mini_jax.method import Factors
+from lora_mini_jax.methods import from_dict
+from lora_mini_jax.sketch import same, sketch
+from lora_mini_jax.tree import Target, flatten
+
+FORMAT = 1
+GROUPS = ("trainable", "frozen")
+
+
+def save(
+    folder: str | Path,
+    adapter: Adapter,
+    params: Mapping[str, Any],
+    *,
+    store_outer: bool = False,
+    base: str = "",
+) -> None:
+    """Write an adapter to a folder, whole or not at all; what was there before is replaced.
+
+    Args:
+        folder: where to; made if need be.
+        adapter: what to save.
+        params: the base parameters, of which a fingerprint is kept.
+        store_outer: keep the frozen leaves too, instead of drawing them again when loading.
+        base: a name or path of the base model, for whoever reads the file.
+
+    Raises:
+        UserError: a disk that is full, or a folder that cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    stored = _stored(adapter, store_outer)
+    drawn_again = {p: f for p, f in adapter.frozen.items() if f and p not in stored["frozen"]}
+    methods = list(dict.fromkeys(site.method for site in adapter.sites))
+    record = {
+        "format": FORMAT,
+        "base": base,
+        "key": np.asarray(adapter.key).tolist(),
+        "methods": [method.to_dict() for method in methods],
+        "sites": [{**asdict(s.target), "method": methods.index(s.method)} for s in adapter.sites],
+        "digest": {p: {n: sketch(x) for n, x in f.items()} for p, f in drawn_again.items()},
+        "base_fingerprint": fingerprint(params),
+    }
+    tensors = {f"{group}/{path}": np.asarray(leaf) for group in GROUPS
+               for path, leaf in flatten(stored[group]).items()}  # fmt: skip
+    with new_folder(folder) as temporary:
+        with writing(folder):
+            save_file(tensors, temporary / "adapter.safetensors")
+        write_json(temporary / "adapter.json", record)
+
+
+def load(
+    folder: str | Path, params: Mapping[str, Any], *, allow_different_base: bool = False
+) -> Adapter:
+    """Read an adapter back, for the base model it was trained on.
+
+    Args:
+        folder: what `save` wrote.
+        params: the base parameters, arrays.
+        allow_different_base: go on when the base is not the one the adapter was trained on; every
+            shape must fit all the same.
+
+    Raises:
+        UserError: a folder or file that is missing, damaged or of another format; kernels that do
+            not fit; another base model; frozen leaves that this machine draws differently.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no adapter folder {folder}")
+    record = read_json(folder / "adapter.json")
+    sites, key = _sites(record, folder)
+    check(sites)
+    if not allow_different_base:
+        _check_base(record["base_fingerprint"], params, folder, record["base"])
+    drawn = draw(params, sites, key)
+    adapter = _fill(drawn, _read_tensors(folder), folder)
+    _check_digest(record["digest"], adapter, folder, allow_different_base)
+    return adapter
+
+
+def fingerprint(params: Mapping[str, Any]) -> dict[str, list[float]]:
+    """A sketch of every parameter, by path: tells one base model from another."""
+    return {path: sketch(leaf) for path, leaf in sorted(flatten(params).items())}
+
+
+def _stored(adapter: Adapter, store_outer: bool) -> dict[str, dict[str, Factors]]:
+    """The leaves that go into the file."""
+    kept = [
+        site.target.path for site in adapter.sites if store_outer or not site.method.regenerates
+    ]
+    return {"trainable": adapter.trainable, "frozen": {p: adapter.frozen[p] for p in kept}}
+
+
+def _sites(record: Any, folder: Path) -> tuple[tuple[Site, ...], jax.Array]:
+    """The sites and key of ``adapter.json``, whatever is wrong with it being one line."""
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"{folder}/adapter.json has format {found!r}: this version reads {FORMAT}")
+    needed = ("key", "methods", "sites", "digest", "base", "base_fingerprint")
+    if missing := [name for name in needed if name not in record]:
+        raise UserError(f"{folder}/adapter.json lacks {', '.join(missing)}: save the adapter again")
+    try:
+        methods = [from_dict(method) for method in record["methods"]]
+        sites = []
+        for site in record["sites"]:
+            values: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in site.items()
+                if name != "method"
+            }
+            sites.append(Site(Target(**values), methods[site["method"]]))
+        return tuple(sites), jnp.asarray(record["key"], jnp.uint32)
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"{folder}/adapter.json is damaged: {error}") from None
+
+
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = folder / "adapter.safetensors"
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): copy or save the adapter again") from None
+
+
+def _fill(drawn: Adapter, tensors: dict[str, np.ndarray], folder: Path) -> Adapter:
+    """The drawn adapter with the leaves of the file in their places; every misfit in one error."""
+    groups = {"trainable": flatten(drawn.trainable), "frozen": flatten(drawn.frozen)}
+    wrong, filled = [], set()
+    for name, tensor in tensors.items():
+        group, _, path = name.partition("/")
+        expected = groups.get(group, {}).get(path)
+        if expected is None or expected.shape != tensor.shape or expected.dtype != tensor.dtype:
+            want = "nothing" if expected is None else f"{expected.shape} {expected.dtype}"
+            wrong.append(f"{name} is {tensor.shape} {tensor.dtype}, expected {want}")
+        else:
+            groups[group][path] = jnp.asarray(tensor)
+            filled.add(name)
+    wrong += [f"trainable/{p} is missing" for p in groups["trainable"]
+              if f"trainable/{p}" not in filled]  # fmt: skip
+    if wrong:
+        raise UserError(f"{folder}/adapter.safetensors does not fit: {'; '.join(wrong)}")
+    leaves = {
+        group: {
+            path: {name: flat[f"{path}/{name}"] for name in factors}
+            for path, factors in getattr(drawn, group).items()
+        }
+        for group, flat in groups.items()
+    }
+    return replace(drawn, **leaves)
+
+
+def _check_base(stored: dict, params: Mapping[str, Any], folder: Path, base: str) -> None:
+    here = fingerprint(params)
+    differs = [path for path in stored if path not in here or not same(stored[path], here[path])]
+    differs += [path for path in here if path not in stored]
+    if differs:
+        raise UserError(
+            f"{folder} was trained on another base model{f' ({base})' if base else ''}: "
+            f"{len(differs)} of {len(here)} parameters differ, the first is {differs[0]}. Load the "
+            "base it was trained on, or allow a different base (--allow-different-base)"
+        )
+
+
+def _check_digest(digest: dict, adapter: Adapter, folder: Path, different_base: bool) -> None:
+    """Frozen leaves drawn from the key must be those trained with; ones drawn from the kernel's own
+    content (svd) follow the base, so with a different base only random ones can be compared."""
+    here = flatten(adapter.frozen)
+    wrong = [
+        path
+        for path, stored in flatten(digest).items()
+        if path not in here or not same(stored, sketch(here[path]))
+    ]
+    if wrong:
+        why = " (a different base was allowed, but these factors come from the base's own kernels)"
+        raise UserError(
+            f"{folder}: the frozen factors drawn here are not those it was trained with"
+            f"{why if different_base else ''}: {len(wrong)} differ, the first is {wrong[0]}. "
+            "Save it again with store_outer=True on the machine that trained it"
+        )

@@ -1,0 +1,108 @@
+"""The training step: pure, traced once, with the gradient taken in the trained leaves alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_mini_jax.adapter import Adapter
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("step", "adapter", "opt_state", "key"),
+    meta_fields=(),
+)
+@dataclass(frozen=True)
+class TrainState:
+    """What training changes: a pytree, so it checkpoints, shards and jits like any other.
+
+    Attributes:
+        step: updates done so far, int32 ``()``.
+        adapter: the adapter; only its ``trainable`` leaves change.
+        opt_state: the optimiser's state for those leaves.
+        key: key data (uint32) from which each step's randomness is derived by folding in ``step``.
+    """
+
+    step: jax.Array
+    adapter: Adapter
+    opt_state: Any
+    key: jax.Array
+
+    @classmethod
+    def create(
+        cls, adapter: Adapter, tx: optax.GradientTransformation, key: jax.Array | int = 0
+    ) -> "TrainState":
+        """A state at step 0. The adapter's leaves are copied: the step donates its buffers, and
+        the adapter you hold stays yours."""
+        key = jax.random.key(key) if isinstance(key, int) else key
+        copied = jax.tree.map(jnp.copy, adapter)
+        step = jnp.zeros((), jnp.int32)
+        return cls(step, copied, tx.init(copied.trainable), jax.random.key_data(key))
+
+
+class Metrics(NamedTuple):
+    """What a step reports: ``loss`` and the global gradient norm, float32 ``()``, and ``aux``."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    aux: Any
+
+
+LossFn = Callable[..., Any]
+"""``loss_fn(params, adapter, batch, key) -> loss`` or ``(loss, aux)``."""
+
+
+def make_train_step(
+    loss_fn: LossFn, tx: optax.GradientTransformation, *, has_aux: bool = False
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
+    """Compile one update: ``step(state, params, batch) -> (state, metrics)``.
+
+    The frozen ``params`` are an argument, not a constant of the program, and no gradient is taken
+    in them, so no dense weight gradient is ever formed. ``state`` is donated: use the one returned.
+    A loss or gradient that is not finite leaves adapter and optimiser as they were (``step`` still
+    counts on), so that the caller, who sees it in the metrics, can stop with a good state in hand.
+
+    Args:
+        loss_fn: ``loss_fn(params, adapter, batch, key)``, a scalar, or with ``has_aux`` a pair.
+        tx: an optax optimiser; it sees ``adapter.trainable`` only, so clip by global norm freely.
+        has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> from lora_mini_jax import LoRA, init, linen
+        >>> model, x = nn.Dense(1), jnp.ones((4, 8))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> apply = linen.adapt(model)
+        >>> adapter = init(params, LoRA(rank=1), linen.targets(model, params, x))
+        >>> tx = optax.adam(1e-2)
+        >>> step = make_train_step(lambda p, a, b, key: (apply(p, a, b) ** 2).mean(), tx)
+        >>> state, metrics = step(TrainState.create(adapter, tx), params, x)
+    """
+
+    def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, Metrics]:
+        adapter = state.adapter
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+        def loss_of(trainable: Any) -> tuple[jax.Array, Any]:
+            out = loss_fn(params, adapter.with_trainable(trainable), batch, key)
+            return out if has_aux else (out, None)
+
+        (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(adapter.trainable)
+        norm = optax.global_norm(grads)
+        updates, opt_state = tx.update(grads, state.opt_state, adapter.trainable)
+        trainable = optax.apply_updates(adapter.trainable, updates)
+        fine = jnp.isfinite(loss) & jnp.isfinite(norm)
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(fine, new, old),
+            (trainable, opt_state),
+            (adapter.trainable, state.opt_state),
+        )
+        after = TrainState(state.step + 1, adapter.with_trainable(trainable), opt_state, state.key)
+        return after, Metrics(loss, norm, aux)
+
+    return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,194 @@
+"""Paths into a parameter tree, and the kernels in it seen as matrices.
+
+A path is a string of names joined by ``/``: ``"layers_0/attn/q_proj/kernel"``. A `Target` says how
+the array at a path is a matrix; `linen.targets` makes targets by tracing the model, so nothing is
+guessed from shapes. `select` picks among them.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_mini_jax.errors import UserError
+
+# What "all-linear" leaves alone: output heads, by the names model authors give them.
+OUTPUT_HEADS = ("lm_head", "head", "classifier", "score", "logits", "output_head")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kernel and how it is a matrix ``(in, out)``, or a batch of such matrices.
+
+    Attributes:
+        path: where it is, ``"mlp/up/kernel"``.
+        shape: its shape as stored, the stacked axes included.
+        stack: how many leading axes ``nn.scan`` or ``nn.vmap`` put there (a matrix per entry).
+        batch: the axes, counted after the stacked ones, that run over independent matrices.
+        ins: the axes that contract with the input, counted in the same way.
+        outs: the axes of the output, counted in the same way.
+        kind: ``"linear"``, or ``"embed"`` for a table whose rows are looked up.
+
+    Example:
+        >>> heads = Target("attn/query/kernel", (64, 4, 16), ins=(0,), outs=(1, 2))
+        >>> heads.n_in, heads.n_out
+        (64, 64)
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    stack: int = 0
+    batch: tuple[int, ...] = ()
+    ins: tuple[int, ...] = (0,)
+    outs: tuple[int, ...] = (1,)
+    kind: str = "linear"
+
+    @property
+    def module(self) -> str:
+        """The path of the module that holds the kernel: ``"mlp/up"`` (empty at the root)."""
+        return self.path.rpartition("/")[0]
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The stacked and batched sizes: the shape of the batch of matrices, often ``()``."""
+        return self.shape[: self.stack] + self._sizes(self.batch)
+
+    @property
+    def n_in(self) -> int:
+        """Rows of one matrix: the size of the contracted axes."""
+        return math.prod(self._sizes(self.ins))
+
+    @property
+    def n_out(self) -> int:
+        """Columns of one matrix: the size of the output axes."""
+        return math.prod(self._sizes(self.outs))
+
+    def matrix(self, kernel: jax.Array) -> jax.Array:
+        """The stored kernel as ``(*lead, in, out)``."""
+        return kernel.transpose(self._order()).reshape(*self.lead, self.n_in, self.n_out)
+
+    def unmatrix(self, matrix: jax.Array) -> jax.Array:
+        """The inverse of `matrix`: ``(*lead, in, out)`` back to the stored shape."""
+        order = self._order()
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        return matrix.reshape([self.shape[axis] for axis in order]).transpose(inverse)
+
+    def _sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(self.shape[self.stack + axis] for axis in axes)
+
+    def _order(self) -> tuple[int, ...]:
+        inner = (*self.batch, *self.ins, *self.outs)
+        return (*range(self.stack), *(self.stack + axis for axis in inner))
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested mapping as ``{path: leaf}``, in the tree's own order.
+
+    >>> flatten({"up": {"kernel": 1, "bias": 2}})
+    {'up/kernel': 1, 'up/bias': 2}
+    """
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{name}/{path}": leaf for path, leaf in flatten(value).items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`.
+
+    >>> unflatten({"up/kernel": 1, "up/bias": 2})
+    {'up': {'kernel': 1, 'bias': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def select(
+    targets: Iterable[Target],
+    include: str | Sequence[str] = "all-linear",
+    exclude: str | Sequence[str] = (),
+) -> tuple[Target, ...]:
+    """The targets that ``include`` names and ``exclude`` does not, in their own order.
+
+    Args:
+        targets: those to choose from, as `linen.targets` lists them.
+        include: ``"all-linear"`` (every linear kernel but the output head), or a regular
+            expression searched for in the path, or a list of names, each one or more whole
+            components of the path (``"q_proj"``, ``"mlp/up_proj"``).
+        exclude: a regular expression or a list of names, in the same sense.
+
+    Raises:
+        UserError: a pattern or name that matches nothing, listing the kernels there are.
+
+    Example:
+        >>> up, down = Target("up/kernel", (8, 32)), Target("down/kernel", (32, 8))
+        >>> [t.path for t in select([up, down], "up|gate")]
+        ['up/kernel']
+    """
+    targets = tuple(targets)
+    if include == "all-linear":
+        chosen = [t for t in targets if t.kind == "linear" and not _names(t, OUTPUT_HEADS)]
+        if not chosen:
+            raise UserError(f"'all-linear' matches no kernel; {listing(targets)}")
+    else:
+        chosen = [t for t in targets if matches(t, include)]
+        _require_hits(targets, include)
+    _require_hits(targets, exclude)
+    left = tuple(t for t in chosen if not matches(t, exclude))
+    if not left:
+        raise UserError(f"exclude {exclude!r} leaves no kernel of those that {include!r} matches")
+    return left
+
+
+def matches(target: Target, pattern: str | Sequence[str]) -> bool:
+    """Whether a regular expression is found in the path, or a name of a list is part of it."""
+    if isinstance(pattern, str):
+        try:
+            return re.search(pattern, target.path) is not None
+        except re.error as error:
+            raise UserError(f"{pattern!r} is not a regular expression: {error}") from None
+    return _names(target, pattern)
+
+
+def listing(targets: Iterable[Target], most: int = 40) -> str:
+    """The end of an error message: which kernels there are."""
+    paths = [t.path for t in targets]
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return f"the kernels are: {', '.join(paths[:most]) or 'none'}{more}"
+
+
+def over_lead(function: Any, lead: int) -> Any:
+    """``function`` of one matrix, vectorised over ``lead`` leading axes of its arguments."""
+    for _ in range(lead):
+        function = jax.vmap(function)
+    return function
+
+
+def float32(array: jax.Array) -> jax.Array:
+    """The array in float32, in which every merge and every initialisation is computed."""
+    return jnp.asarray(array, jnp.float32)
+
+
+def _names(target: Target, names: Sequence[str]) -> bool:
+    return any(f"/{name}/" in f"/{target.path}/" for name in names)
+
+
+def _require_hits(targets: tuple[Target, ...], pattern: str | Sequence[str]) -> None:
+    each = [pattern] if isinstance(pattern, str) else [[name] for name in pattern]
+    dead = [p for p in each if not any(matches(t, p) for t in targets)]
+    if dead:
+        names = ", ".join(repr(p if isinstance(p, str) else p[0]) for p in dead)
+        raise UserError(f"no kernel matches {names}; {listing(targets)}")
