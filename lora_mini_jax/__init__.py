@@ -10,20 +10,35 @@ merged  = merge(params, adapter)     # plain parameters again
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lora_mini_jax.adapter import Adapter, count, init, join, merge, split, unmerge
-from lora_mini_jax.errors import UserError
-from lora_mini_jax.method import Method
-from lora_mini_jax.methods.lora import LoRA
-from lora_mini_jax.methods.lora_mini import LoRAMini
-from lora_mini_jax.optim import freeze, trainable_mask
-from lora_mini_jax.storage import load, save
-from lora_mini_jax.train import TrainState, make_train_step
-from lora_mini_jax.tree import Target, select
-
 if TYPE_CHECKING:
     from lora_mini_jax import linen, models
+    from lora_mini_jax.adapter import Adapter, count, init, join, merge, split, unmerge
+    from lora_mini_jax.errors import UserError
+    from lora_mini_jax.decode import generate
+    from lora_mini_jax.method import Method
+    from lora_mini_jax.methods.lora import LoRA
+    from lora_mini_jax.methods.lora_mini import LoRAMini
+    from lora_mini_jax.optim import freeze, trainable_mask
+    from lora_mini_jax.storage import load, save
+    from lora_mini_jax.train import TrainState, make_train_step
+    from lora_mini_jax.tree import Target, select
 
 __version__ = "0.1.0"
+
+# Where each public name lives. They are imported at their first use, so that the command line can
+# print its help without waiting for JAX.
+_HOMES = {
+    "adapter": ("Adapter", "count", "init", "join", "merge", "split", "unmerge"),
+    "errors": ("UserError",),
+    "decode": ("generate",),
+    "method": ("Method",),
+    "methods": ("LoRA", "LoRAMini"),
+    "optim": ("freeze", "trainable_mask"),
+    "storage": ("load", "save"),
+    "train": ("TrainState", "make_train_step"),
+    "tree": ("Target", "select"),
+}
+_MODULES = ("linen", "models")
 
 __all__ = [
     "Adapter",
@@ -35,6 +50,7 @@ __all__ = [
     "UserError",
     "count",
     "freeze",
+    "generate",
     "init",
     "join",
     "linen",
@@ -51,7 +67,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Flax costs as much to import as the rest together: it waits for its first use.
-    if name in ("linen", "models"):
+    if name in _MODULES:
         return importlib.import_module(f"lora_mini_jax.{name}")
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"lora_mini_jax.{home}"), name)
+            globals()[name] = value
+            return value
     raise AttributeError(f"module 'lora_mini_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -37,7 +37,10 @@ def new_folder(path: str | Path) -> Generator[Path]:
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
         try:
             yield temporary
+            # What mkdtemp and safetensors make is for the owner alone; the umask knows better.
             os.chmod(temporary, 0o777 & ~_umask())
+            for file in temporary.iterdir():
+                os.chmod(file, 0o666 & ~_umask())
             old = temporary.with_suffix(".old")
             if path.exists():
                 path.rename(old)
@@ -74,7 +77,7 @@ def read_json(path: str | Path) -> Any:
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 

@@ -13,8 +13,8 @@ import numpy as np
 MOST = 1 << 16  # entries looked at in one array, evenly spread: an 8B model is sketched in seconds
 
 
-def sketch(array: Any, n: int = 3) -> list[float]:
-    """An array's root mean square, then ``n`` projections of it on that scale (six digits each).
+def sketch(array: Any, n: int = 2) -> list[float]:
+    """An array's root mean square, then ``n`` projections of it on that scale (five digits each).
 
     Example:
         >>> a = np.ones((4, 4), np.float32)
@@ -27,7 +27,7 @@ def sketch(array: Any, n: int = 3) -> list[float]:
         return [0.0] * (n + 1)
     waves = np.cos(np.outer(np.arange(1, n + 1) * 0.7548776662, np.arange(flat.size) + 1))
     values = [np.sqrt(np.mean(flat**2)), *(waves @ flat * (2 / flat.size) ** 0.5)]
-    return [float(f"{value:.6g}") for value in values]
+    return [float(f"{value:.5g}") for value in values]
 
 
 def same(a: list[float], b: list[float], tolerance: float = 3e-3) -> bool:

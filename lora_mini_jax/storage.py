@@ -4,8 +4,9 @@ Saved are the trained leaves, the random key, and the sites with their methods. 
 are drawn again when loading, and checked against a sketch; so is the base model.
 """
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from lora_mini_jax.adapter import Adapter, Site, check, draw
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.files import new_folder, read_json, write_json, writing
+from lora_mini_jax.files import new_folder, read_json, write_text, writing
 from lora_mini_jax.method import Factors
 from lora_mini_jax.methods import from_dict
 from lora_mini_jax.sketch import same, sketch
@@ -48,15 +49,13 @@ def save(
     from safetensors.numpy import save_file
 
     stored = _stored(adapter, store_outer)
-    drawn_again = {p: f for p, f in adapter.frozen.items() if f and p not in stored["frozen"]}
     methods = list(dict.fromkeys(site.method for site in adapter.sites))
     record = {
         "format": FORMAT,
         "base": base,
         "key": np.asarray(adapter.key).tolist(),
         "methods": [method.to_dict() for method in methods],
-        "sites": [{**asdict(s.target), "method": methods.index(s.method)} for s in adapter.sites],
-        "digest": {p: {n: sketch(x) for n, x in f.items()} for p, f in drawn_again.items()},
+        "sites": [_site_record(site, adapter, stored, methods) for site in adapter.sites],
         "base_fingerprint": fingerprint(params),
     }
     tensors = {f"{group}/{path}": np.asarray(leaf) for group in GROUPS
@@ -64,7 +63,9 @@ def save(
     with new_folder(folder) as temporary:
         with writing(folder):
             save_file(tensors, temporary / "adapter.safetensors")
-        write_json(temporary / "adapter.json", record)
+        # A line an entry, not a line a number: the file stays small, and readable.
+        lines = [f"{json.dumps(name)}: {_compact(value)}" for name, value in record.items()]
+        write_text(temporary / "adapter.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def load(
@@ -88,17 +89,39 @@ def load(
     record = read_json(folder / "adapter.json")
     sites, key = _sites(record, folder)
     check(sites)
+    drawn = draw(params, sites, key)  # checks every shape
     if not allow_different_base:
         _check_base(record["base_fingerprint"], params, folder, record["base"])
-    drawn = draw(params, sites, key)
     adapter = _fill(drawn, _read_tensors(folder), folder)
-    _check_digest(record["digest"], adapter, folder, allow_different_base)
+    digests = {site["path"]: site.get("digest", {}) for site in record["sites"]}
+    _check_digest(digests, adapter, folder, allow_different_base)
     return adapter
 
 
-def fingerprint(params: Mapping[str, Any]) -> dict[str, list[float]]:
-    """A sketch of every parameter, by path: tells one base model from another."""
-    return {path: sketch(leaf) for path, leaf in sorted(flatten(params).items())}
+def fingerprint(params: Mapping[str, Any]) -> list[list[float]]:
+    """A sketch of every parameter, in the order of the paths: tells one base from another."""
+    return [sketch(leaf) for _, leaf in sorted(flatten(params).items())]
+
+
+def _compact(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], list | dict):
+        return "[\n" + ",\n".join(json.dumps(v, separators=(",", ":")) for v in value) + "\n]"
+    return json.dumps(value)
+
+
+def _site_record(site: Site, adapter: Adapter, stored: dict, methods: list) -> dict[str, Any]:
+    """One site: what of its target is not the default, its method, and a digest of the frozen
+    leaves that are to be drawn again."""
+    target = {f.name: getattr(site.target, f.name) for f in fields(Target)
+              if getattr(site.target, f.name) != f.default}  # fmt: skip
+    path = site.target.path
+    drawn_again = {} if path in stored["frozen"] else adapter.frozen[path]
+    digest = {name: sketch(leaf) for name, leaf in drawn_again.items()}
+    return {
+        **target,
+        "method": methods.index(site.method),
+        **({"digest": digest} if digest else {}),
+    }
 
 
 def _stored(adapter: Adapter, store_outer: bool) -> dict[str, dict[str, Factors]]:
@@ -114,7 +137,7 @@ def _sites(record: Any, folder: Path) -> tuple[tuple[Site, ...], jax.Array]:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else type(record).__name__
         raise UserError(f"{folder}/adapter.json has format {found!r}: this version reads {FORMAT}")
-    needed = ("key", "methods", "sites", "digest", "base", "base_fingerprint")
+    needed = ("key", "methods", "sites", "base", "base_fingerprint")
     if missing := [name for name in needed if name not in record]:
         raise UserError(f"{folder}/adapter.json lacks {', '.join(missing)}: save the adapter again")
     try:
@@ -124,7 +147,7 @@ def _sites(record: Any, folder: Path) -> tuple[tuple[Site, ...], jax.Array]:
             values: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in site.items()
-                if name != "method"
+                if name not in ("method", "digest")
             }
             sites.append(Site(Target(**values), methods[site["method"]]))
         return tuple(sites), jnp.asarray(record["key"], jnp.uint32)
@@ -172,16 +195,19 @@ def _fill(drawn: Adapter, tensors: dict[str, np.ndarray], folder: Path) -> Adapt
     return replace(drawn, **leaves)
 
 
-def _check_base(stored: dict, params: Mapping[str, Any], folder: Path, base: str) -> None:
-    here = fingerprint(params)
-    differs = [path for path in stored if path not in here or not same(stored[path], here[path])]
-    differs += [path for path in here if path not in stored]
-    if differs:
-        raise UserError(
-            f"{folder} was trained on another base model{f' ({base})' if base else ''}: "
-            f"{len(differs)} of {len(here)} parameters differ, the first is {differs[0]}. Load the "
-            "base it was trained on, or allow a different base (--allow-different-base)"
-        )
+def _check_base(stored: list, params: Mapping[str, Any], folder: Path, base: str) -> None:
+    here, paths = fingerprint(params), sorted(flatten(params))
+    if len(stored) != len(here):
+        differs = f"it had {len(stored)} parameter arrays, this one has {len(here)}"
+    else:
+        wrong = [p for p, a, b in zip(paths, stored, here, strict=True) if not same(a, b)]
+        if not wrong:
+            return
+        differs = f"{len(wrong)} of {len(here)} parameter arrays differ, the first is {wrong[0]}"
+    raise UserError(
+        f"{folder} was trained on another base model{f' ({base})' if base else ''}: {differs}. "
+        "Load the base it was trained on, or allow a different base (--allow-different-base)"
+    )
 
 
 def _check_digest(digest: dict, adapter: Adapter, folder: Path, different_base: bool) -> None:

@@ -93,7 +93,7 @@ def make_train_step(
             return out if has_aux else (out, None)
 
         (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(adapter.trainable)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, adapter.trainable)
         trainable = optax.apply_updates(adapter.trainable, updates)
         fine = jnp.isfinite(loss) & jnp.isfinite(norm)

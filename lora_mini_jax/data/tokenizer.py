@@ -92,6 +92,16 @@ class Tokenizer:
         return self.chat_template
 
 
+# What a tokenizer may be made of where there is no tokenizer.json.
+OTHER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+)
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a model's folder.
 
@@ -115,6 +125,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if not path.is_dir():
         raise UserError(f"no such folder: {folder}; give a folder that holds tokenizer.json")
     if not (path / "tokenizer.json").is_file():
+        if not any((path / name).is_file() for name in OTHER_FILES):
+            raise UserError(f"no tokenizer in {path}: give a folder that holds tokenizer.json")
         return _from_transformers(path)
     import tokenizers
 

@@ -131,24 +131,21 @@ def _run(model: Llama, new: int, params, adapter, tokens, valid, ends, knobs) ->
 
         return adapt(model)(params, adapter, tokens, **kw)
 
-    def step(i, logits, out, done):
-        """Record token i; a finished row records -1, and what it is fed no longer matters."""
-        token = _pick(logits[:, -1], temperature, top_p, jax.random.fold_in(key, i))
-        done |= jnp.any(token[:, None] == ends, axis=-1)
-        return token, out.at[:, i].set(jnp.where(done, -1, token)), done
-
     def body(state):
-        i, token, position, cache, out, done = state
+        """Record token i and ask for the next: the sampler is compiled once, in here alone."""
+        i, logits, position, cache, out, done = state
+        token = _pick(logits, temperature, top_p, jax.random.fold_in(key, i))
+        # A finished row records -1, and what it is fed from then on no longer matters.
+        done |= jnp.any(token[:, None] == ends, axis=-1)
+        out = out.at[:, i].set(jnp.where(done, -1, token))
         one = jnp.ones((batch, 1), jnp.int32)
         logits, cache = call(token[:, None], position[:, None], one, cache)
-        token, out, done = step(i, logits, out, done)
-        return i + 1, token, position + 1, cache, out, done
+        return i + 1, logits[:, -1], position + 1, cache, out, done
 
     cache = init_cache(model.config, batch, width + new, model.dtype)
     # A row's first real token stands at position 0, wherever its padding ends.
     positions = jnp.maximum(jnp.cumsum(valid, axis=-1) - 1, 0)
     logits, cache = call(tokens, positions, valid, cache)
-    out = jnp.full((batch, new), -1, jnp.int32)
-    token, out, done = step(0, logits, out, jnp.zeros(batch, bool))
-    state = (jnp.int32(1), token, positions[:, -1] + 1, cache, out, done)
+    out, done = jnp.full((batch, new), -1, jnp.int32), jnp.zeros(batch, bool)
+    state = (jnp.int32(0), logits[:, -1], positions[:, -1] + 1, cache, out, done)
     return jax.lax.while_loop(lambda s: (s[0] < new) & ~jnp.all(s[5]), body, state)[4]

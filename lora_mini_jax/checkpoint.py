@@ -1,0 +1,114 @@
+"""Checkpoints of what training changes, through Orbax: trained leaves, optimiser, step and key.
+
+The base model and the regenerated frozen leaves are never written. The data position is the step:
+batches are a pure function of it. Each save is a new folder that appears complete or not at all,
+so a kill at any moment leaves the newest complete one to go on from.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.files import writing
+from lora_mini_jax.train import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a folder. Use it as a context manager.
+
+    Args:
+        folder: where they are or will be.
+        keep: how many of the newest to keep.
+
+    Example:
+        >>> with Checkpoints("runs/mine/checkpoints") as checkpoints:  # doctest: +SKIP
+        ...     state = checkpoints.restore(state) or state
+        ...     checkpoints.save(state)
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2) -> None:
+        import orbax.checkpoint as ocp
+
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.folder = Path(folder).resolve()
+        self._args = ocp.args
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        with writing(self.folder):
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        with writing(self.folder):
+            self._manager.close()
+
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Write the state in the background; waits for an earlier save that is still going on.
+
+        Raises:
+            UserError: a disk that is full or cannot be written; earlier checkpoints stay.
+        """
+        with writing(self.folder):
+            self._manager.wait_until_finished()
+            tree = self._args.StandardSave(_saved(state))
+            self._manager.save(int(state.step), args=tree, force=True)
+
+    def restore(self, state: TrainState) -> TrainState | None:
+        """The newest checkpoint in the place of ``state``'s values, or None when there is none.
+
+        Args:
+            state: a state of the same run, freshly made; gives shapes, dtypes and frozen leaves.
+
+        Raises:
+            UserError: a checkpoint that is damaged or of another run.
+        """
+        step = self.latest()
+        if step is None:
+            return None
+        abstract = jax.tree.map(np.asarray, _saved(state))
+        try:
+            args = self._args.StandardRestore(abstract)
+            tree = self._manager.restore(step, args=args)
+        except Exception as error:  # Orbax and TensorStore raise a dozen kinds for a damaged file.
+            reason = str(error).strip().split("\n")[0][:200]
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} cannot be read ({type(error).__name__}: "
+                f"{reason}): delete that folder to go on from the one before it, or the run folder "
+                "to start again"
+            ) from None
+        return _restored(state, dict(tree))
+
+
+def _saved(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    moving = {
+        site.target.path: state.adapter.frozen[site.target.path]
+        for site in state.adapter.sites
+        if not site.method.regenerates
+    }
+    return {
+        "step": state.step,
+        "key": state.key,
+        "trainable": state.adapter.trainable,
+        "frozen": moving,
+        "opt_state": jax.tree.leaves(state.opt_state),
+    }
+
+
+def _restored(state: TrainState, tree: dict[str, Any]) -> TrainState:
+    tree = jax.tree.map(jax.numpy.asarray, tree)
+    adapter: Adapter = state.adapter.with_trainable(tree["trainable"])
+    opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), tree["opt_state"])
+    frozen = {**adapter.frozen, **tree["frozen"]}
+    adapter = Adapter(adapter.trainable, frozen, adapter.key, adapter.sites)
+    return TrainState(tree["step"], adapter, opt_state, tree["key"])

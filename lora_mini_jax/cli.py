@@ -1,0 +1,113 @@
+"""The command line, ``lora-mini``: options in, one of the commands out, user errors as one line."""
+
+import contextlib
+import importlib
+import io
+import json
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.options import Compare, Demo, Finetune, Generate, Inspect, Merge, from_file
+
+COMMANDS: dict[str, Any] = {
+    "finetune": Finetune,
+    "compare": Compare,
+    "inspect": Inspect,
+    "generate": Generate,
+    "merge": Merge,
+    "demo": Demo,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; exits with 0, or with 2 and one line on stderr for a user's mistake."""
+    try:
+        run(parse(list(sys.argv[1:] if argv is None else argv)))
+    except UserError as error:
+        print(f"lora-mini: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("lora-mini: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse(argv: list[str]) -> Any:
+    """The options object of the command that ``argv`` names.
+
+    ``--config file.json`` anywhere after the command gives defaults; options beside it win.
+
+    Raises:
+        UserError: an unknown command, option or value, or one that is missing.
+    """
+    import tyro
+
+    argv, config = _take_config(argv)
+    command = argv[0] if argv else ""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            if config is None:
+                return tyro.extras.subcommand_cli_from_dict(COMMANDS, args=argv, prog="lora-mini")
+            if command not in COMMANDS:
+                raise UserError(f"unknown command {command!r}: choose from {', '.join(COMMANDS)}")
+            cls = COMMANDS[command]
+            prog = f"lora-mini {command}"
+            return tyro.cli(cls, args=argv[1:], default=from_file(cls, config), prog=prog)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_line(stderr.getvalue())) from None
+
+
+def run(options: Any) -> None:
+    """Carry out a command. What it needs is imported here, so that ``--help`` is quick."""
+
+    def function(module: str, name: str) -> Any:
+        return getattr(importlib.import_module(f"lora_mini_jax.{module}"), name)
+
+    if isinstance(options, Compare):
+        function("compare", "compare")(options)
+    elif isinstance(options, Finetune):
+        say_summary(function("finetune", "finetune")(options), options)
+    elif isinstance(options, Inspect):
+        report = function("inspect", "inspect")(options)
+        print(json.dumps(report, indent=2) if options.json else function("inspect", "text")(report))
+    elif isinstance(options, Generate):
+        function("commands", "run_generate")(options)
+    elif isinstance(options, Merge):
+        function("commands", "run_merge")(options)
+    else:
+        function("demo", "demo")(options)
+
+
+def say_summary(summary: dict[str, Any], options: Finetune) -> None:
+    """The end of a fine-tuning run: the table, and where things are."""
+    from lora_mini_jax.report import table_row, table_text
+
+    print(table_text([table_row(summary["method"], [summary])]))
+    print(f"adapter: {options.output_dir}/adapter\nreport:  {options.output_dir}/report.html")
+
+
+def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
+    """``argv`` without ``--config FILE``, and the file."""
+    for i, word in enumerate(argv):
+        if word.startswith("--config="):
+            return argv[:i] + argv[i + 1 :], word.partition("=")[2]
+        if word == "--config":
+            if i + 1 == len(argv):
+                raise UserError("--config needs a file: --config runs/finetune/config.json")
+            return argv[:i] + argv[i + 2 :], argv[i + 1]
+    return argv, None
+
+
+def _one_line(text: str) -> str:
+    """What the option parser says in a box, as a line: up to the box's rule, where help begins."""
+    title, *lines = [line.strip("╭╮╰╯│─ ") for line in text.strip().splitlines()]
+    said = " ".join(lines[: lines.index("")] if "" in lines else lines)
+    said = re.sub(r"^Error parsing \w+: ", "", said)
+    return (
+        f"{said if title == 'Value error' else f'{title.lower()}: {said}'} (see lora-mini --help)"
+    )

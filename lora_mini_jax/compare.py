@@ -1,0 +1,55 @@
+"""Several methods and seeds on one task, side by side."""
+
+from pathlib import Path
+from typing import Any
+
+from lora_mini_jax.files import write_json
+from lora_mini_jax.finetune import Log, finetune
+from lora_mini_jax.options import Compare, to_json
+from lora_mini_jax.report import compare_report, table_row, table_text
+from lora_mini_jax.runs import RunFolder
+
+Row = dict[str, Any]
+ROW = ("method", "trainable", "valid_loss_before", "valid_loss_after", "adapter_bytes", "seconds")
+
+
+def compare(options: Compare, say: Log = print, title: str = "Comparison") -> list[Row]:
+    """Run every method with every seed, then write table, ``summary.json`` and report.
+
+    Runs that are finished are not run again, so an interrupted comparison goes on.
+
+    Returns:
+        One row a run: ``ROW``'s entries, with the seed and the method's settings as given.
+
+    Raises:
+        UserError: as `finetune`.
+    """
+    folder = Path(options.output_dir)
+    runs: dict[str, list[tuple[Row, list]]] = {}
+    rows = []
+    for spec in options.methods:
+        for seed in options.seeds:
+            one = options.run_options(spec, seed)
+            say(f"{spec}, seed {seed}")
+            summary = finetune(one, say)
+            runs.setdefault(spec, []).append((summary, RunFolder(one).metrics()))
+            values = {name: summary[name] for name in ROW}
+            share = {"trainable_share": summary["trainable_share"]}
+            rows.append({**values, **share, "spec": spec, "seed": seed})
+    record = {"model": options.model, "rows": rows, "options": to_json(options)}
+    write_json(folder / "summary.json", record)
+    page = compare_report(folder, title, runs)
+    table = [table_row(spec, [summary for summary, _ in seeds]) for spec, seeds in runs.items()]
+    say(table_text(table))
+    say_samples(runs, say)
+    say(f"report: {page}")
+    return rows
+
+
+def say_samples(runs: dict[str, list[tuple[Row, list]]], say: Log) -> None:
+    """One sample of text, before and after."""
+    for spec, seeds in runs.items():
+        for sample in seeds[0][0]["samples"][:1]:
+            say(f"\n{spec}, prompt: {sample['prompt']!r}")
+            say(f"  before: {sample['before']!r}")
+            say(f"  after:  {sample['after']!r}")

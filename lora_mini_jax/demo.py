@@ -1,0 +1,72 @@
+"""The demo: adapt a model of Python source to Python's own documentation, LoRA-Mini against LoRA.
+
+Model and text are on every machine: the model is in the package, the text is the reference topics
+that ``help("topics")`` reads. Whole topics are held out.
+"""
+
+import json
+import zlib
+from pathlib import Path
+
+from lora_mini_jax.compare import Row, compare
+from lora_mini_jax.files import write_text, writing
+from lora_mini_jax.finetune import Log
+from lora_mini_jax.options import BASE, Compare, Demo
+
+METHODS = (
+    "lora-mini:rank=4,a=32,b=32,learning_rate=0.02",
+    "lora:rank=8,learning_rate=0.005",
+)
+BLOCK = 1200  # characters in a record: about 400 tokens of prose are too many, 1200 letters fit
+
+
+def demo(options: Demo, say: Log = print) -> list[Row]:
+    """Write the topics as training and held-out data, run the comparison, print the table."""
+    folder = Path(options.output_dir)
+    train, valid = topics()
+    with writing(folder):
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+    for name, texts in (("train", train), ("valid", valid)):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        write_text(folder / "data" / f"{name}.jsonl", lines)
+    say(
+        f"{len(train)} passages of documentation to train on, {len(valid)} of other topics held out"
+    )
+    return compare(
+        Compare(
+            model=BASE,
+            data=str(folder / "data" / "train.jsonl"),
+            valid=str(folder / "data" / "valid.jsonl"),
+            output_dir=str(folder),
+            methods=METHODS,
+            seeds=(0,),
+            max_length=256,
+            batch_size=8,
+            max_steps=120,
+            overlong="truncate",
+        ),
+        say,
+        title="LoRA-Mini and LoRA on Python's documentation topics",
+    )
+
+
+def topics() -> tuple[list[str], list[str]]:
+    """Passages of ``pydoc_data.topics``: those for training, and those of held-out topics."""
+    from pydoc_data.topics import topics as texts
+
+    train, valid = [], []
+    for name, text in sorted(texts.items()):
+        held_out = zlib.crc32(name.encode()) % 8 == 0
+        (valid if held_out else train).extend(passages(text))
+    return train, valid
+
+
+def passages(text: str) -> list[str]:
+    """Whole paragraphs, as many together as stay under about `BLOCK` characters."""
+    blocks, block = [], ""
+    for paragraph in text.strip().split("\n\n"):
+        if block and len(block) + len(paragraph) > BLOCK:
+            blocks.append(block)
+            block = ""
+        block += ("\n\n" if block else "") + paragraph
+    return [*blocks, block]

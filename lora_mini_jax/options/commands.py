@@ -1,0 +1,62 @@
+"""The options of the commands that do not train."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lora_mini_jax.options.adapter import BASE, AdapterOptions
+
+
+@dataclass(frozen=True)
+class Demo:
+    """LoRA-Mini and LoRA on the model inside the package, on Python's own documentation topics."""
+
+    output_dir: str = "runs/demo"
+    """Where the runs, the table and the report go."""
+
+
+@dataclass(frozen=True)
+class Inspect(AdapterOptions):
+    """Show what would be adapted and what it would cost. Reads config.json only; trains nothing."""
+
+    batch_size: int = 8
+    """Rows in the batch of which the step's FLOPs are counted."""
+    max_length: int = 256
+    """Tokens in a row of that batch."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue prompts with a model, plain or adapted."""
+
+    prompt: tuple[str, ...]
+    """One or more prompts."""
+    model: str = BASE
+    """A Llama folder or hub id."""
+    adapter: str | None = None
+    """An adapter folder, such as runs/finetune/adapter."""
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    """0 takes the likeliest token every time."""
+    top_p: float = 1.0
+    """Sample from the smallest set of likeliest tokens of this probability."""
+    seed: int = 0
+    allow_different_base: bool = False
+    """Go on although the adapter was trained on other weights."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Fold an adapter into its model and write a Hugging Face folder."""
+
+    adapter: str
+    """An adapter folder."""
+    output_dir: str
+    """The folder to write; must be new or empty."""
+    model: str = BASE
+    """The base model: folder or hub id."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the written weights; a narrow one can lose a small update."""
+    allow_different_base: bool = False
+    """Go on although the adapter was trained on other weights."""

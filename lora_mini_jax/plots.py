@@ -1,0 +1,54 @@
+"""The pictures of the reports, as SVG text that goes straight into a page."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Points = tuple[Sequence[float], Sequence[float]]
+
+
+def loss_curves(curves: Mapping[str, Points], held_out: Mapping[str, Points]) -> str:
+    """Training loss by step as lines, held-out loss as dots joined by dashes; one colour a run.
+
+    Args:
+        curves: ``{run: (steps, losses)}``.
+        held_out: the same for the held-out loss.
+    """
+    figure, axes = _figure(7.5, 4)
+    for i, (name, (steps, losses)) in enumerate(curves.items()):
+        axes.plot(steps, losses, color=f"C{i}", lw=1.3, label=f"{name}, training")
+    for i, (name, (steps, losses)) in enumerate(held_out.items()):
+        axes.plot(steps, losses, "o--", color=f"C{i}", ms=4, lw=0.8, label=f"{name}, held out")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.legend(fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def loss_by_size(points: Mapping[str, Points], before: float) -> str:
+    """Held-out loss after training against the number of trained parameters, one dot a seed."""
+    figure, axes = _figure(7.5, 4)
+    for i, (name, (sizes, losses)) in enumerate(points.items()):
+        axes.plot(sizes, losses, "o", color=f"C{i}", label=name, alpha=0.8)
+    axes.axhline(before, color="0.6", lw=0.8, ls=":", label="before training")
+    axes.set_xscale("log")
+    axes.set_xlabel("trained parameters")
+    axes.set_ylabel("held-out loss, nats per token")
+    axes.legend(fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # without pyplot there is no display to look for
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, lw=0.6)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue().partition("?>")[2].partition("<svg")[2].join(("<svg", ""))

@@ -1,0 +1,155 @@
+"""Reports of runs: one HTML page that opens without a network, pictures and table in it."""
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from lora_mini_jax.files import write_text
+from lora_mini_jax.plots import Points, loss_by_size, loss_curves
+
+Row = dict[str, Any]
+
+COLUMNS = {
+    "method": "method",
+    "trainable": "trained parameters",
+    "share": "share of the model",
+    "before": "held-out loss before",
+    "after": "held-out loss after",
+    "adapter_bytes": "adapter bytes",
+    "seconds": "seconds",
+}
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 54em; margin: 2em auto;
+       padding: 0 1em }
+h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
+table { border-collapse: collapse; width: 100% } svg { width: 100%; height: auto }
+th, td { text-align: right; padding: .3em .7em; border-bottom: 1px solid #dde3ea }
+th:first-child, td:first-child { text-align: left }
+pre { background: #f4f6f8; padding: .8em; white-space: pre-wrap; border-radius: 4px }
+.prompt { color: #6b7785 }
+@media (prefers-color-scheme: dark) { body { background: #14181d; color: #d8dee6 }
+  svg { background: #fff; border-radius: 4px } pre { background: #1f262e }
+  th, td { border-color: #333c46 } }
+"""
+
+
+def run_report(folder: Path, summary: Row, metrics: Sequence[Row]) -> Path:
+    """Write ``report.html`` of one run; returns its path."""
+    name = summary["method"]
+    return write_page(
+        folder / "report.html",
+        f"Fine-tuning with {name}",
+        table_html([table_row(name, [summary])]),
+        loss_curves({name: points(metrics, "loss")}, {name: points(metrics, "valid_loss")}),
+        samples_html({name: summary["samples"]}),
+        settings_html({name: summary}),
+    )
+
+
+def compare_report(
+    folder: Path, title: str, runs: Mapping[str, Sequence[tuple[Row, list]]]
+) -> Path:
+    """Write ``report.html`` of several runs: ``{name: [(summary, metrics) for each seed]}``."""
+    first = {name: seeds[0] for name, seeds in runs.items()}
+    summaries = {name: [summary for summary, _ in seeds] for name, seeds in runs.items()}
+    sizes: dict[str, Points] = {
+        name: ([s["trainable"] for s in each], [s["valid_loss_after"] for s in each])
+        for name, each in summaries.items()
+    }
+    before = next(iter(first.values()))[0]["valid_loss_before"]
+    return write_page(
+        folder / "report.html",
+        title,
+        table_html([table_row(name, each) for name, each in summaries.items()]),
+        loss_curves(
+            {name: points(metrics, "loss") for name, (_, metrics) in first.items()},
+            {name: points(metrics, "valid_loss") for name, (_, metrics) in first.items()},
+        ),
+        loss_by_size(sizes, before),
+        samples_html({name: summary["samples"] for name, (summary, _) in first.items()}),
+        settings_html({name: summary for name, (summary, _) in first.items()}),
+    )
+
+
+def table_row(name: str, seeds: Sequence[Row]) -> dict[str, str]:
+    """One line of the table, means over the seeds; the spread is their standard deviation."""
+    one = seeds[0]
+    after = [s["valid_loss_after"] for s in seeds]
+    spread = f" ± {stdev(after):.3f}" if len(after) > 1 else ""
+    return {
+        "method": name,
+        "trainable": f"{one['trainable']:,}",
+        "share": f"{one['trainable_share']:.2%}",
+        "before": f"{mean(s['valid_loss_before'] for s in seeds):.3f}",
+        "after": f"{mean(after):.3f}{spread}",
+        "adapter_bytes": f"{one['adapter_bytes']:,}",
+        "seconds": f"{mean(s['seconds'] for s in seeds):.0f}",
+    }
+
+
+def table_text(rows: Sequence[Mapping[str, str]]) -> str:
+    """The table for a terminal."""
+    lines = [list(COLUMNS.values()), *([row[c] for c in COLUMNS] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def table_html(rows: Iterable[Mapping[str, str]]) -> str:
+    """The table for a page."""
+    head = "".join(f"<th>{name}</th>" for name in COLUMNS.values())
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(row[c])}</td>" for c in COLUMNS) + "</tr>"
+        for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def samples_html(samples: Mapping[str, Sequence[Row]]) -> str:
+    """What the model wrote before and after, under each prompt."""
+    parts = ["<h2>Samples</h2>"]
+    for name, rows in samples.items():
+        for row in rows:
+            prompt = f'<span class="prompt">{html.escape(row["prompt"])}</span>'
+            for when in ("before", "after"):
+                text = html.escape(row[when])
+                parts.append(f"<p>{html.escape(name)}, {when}</p><pre>{prompt}{text}</pre>")
+    return "".join(parts) if len(parts) > 1 else ""
+
+
+def settings_html(summaries: Mapping[str, Row]) -> str:
+    """Model, settings, seed, and what was left out of the data."""
+    lines = [
+        f"<p>{html.escape(name)}: {html.escape(str(s['settings']))}, seed {s['seed']}, "
+        f"{s['steps']} steps on {html.escape(s['model'])}."
+        + "".join(f" {html.escape(note)}." for note in s["notes"])
+        + "</p>"
+        for name, s in summaries.items()
+    ]
+    return "<h2>Settings</h2>" + "".join(lines)
+
+
+def points(metrics: Iterable[Row], name: str) -> Points:
+    """Steps and values of one metric."""
+    rows = [row for row in metrics if name in row]
+    return [row["step"] for row in rows], [row[name] for row in rows]
+
+
+def write_page(path: Path, title: str, *parts: str) -> Path:
+    """A whole page; returns its path."""
+    body = "\n".join(parts)
+    write_text(
+        path,
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>\n{body}\n</html>\n",
+    )
+    return path

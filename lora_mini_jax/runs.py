@@ -1,0 +1,85 @@
+"""The folder of a training run: its config, its metrics, and what makes it safe to start twice."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.files import read_json, write_json, write_text, writing
+from lora_mini_jax.options import Finetune, differences, to_json
+
+Row = dict[str, Any]
+
+
+class RunFolder:
+    """A run's folder. Opening it checks that what is there belongs to the same options.
+
+    Raises:
+        UserError: the folder holds a run of other options (says which), or files of no run.
+    """
+
+    def __init__(self, options: Finetune) -> None:
+        self.path = Path(options.output_dir)
+        config = to_json(options)
+        saved = self.path / "config.json"
+        if saved.exists():
+            changed = differences(read_json(saved), config, ignore=("output_dir",))
+            if changed:
+                raise UserError(
+                    f"{self.path} holds a run of another config ({'; '.join(changed)}): give the "
+                    "same options to go on with it, or another --output-dir"
+                )
+        else:
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise UserError(
+                    f"{self.path} exists and is not a run folder: give another --output-dir"
+                )
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            write_json(saved, config)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """Where the finished adapter is."""
+        return self.path / "adapter"
+
+    def summary(self) -> Row | None:
+        """What a finished run found; None for one that is not finished."""
+        path = self.path / "summary.json"
+        return read_json(path) if path.exists() else None
+
+    def finish(self, summary: Row) -> None:
+        """Mark the run as finished."""
+        write_json(self.path / "summary.json", summary)
+
+    def metrics(self) -> list[Row]:
+        """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return []
+        rows = []
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def rewind(self, step: int) -> None:
+        """Forget the metrics after ``step``, which the run is about to do again."""
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+
+    def log(self, rows: Iterable[Row]) -> None:
+        """Append lines to metrics.jsonl."""
+        with writing(self.path), open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())

@@ -1,0 +1,154 @@
+"""The step benchmark runs, its file holds what it promises, and its arithmetic is exact.
+
+No time is compared with another: that is for the benchmark itself to report.
+"""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.step import COLUMNS, Options, dot_flops, main
+
+SIZES: dict[str, Any] = {
+    "layers": 2, "width": 64, "ff": 96, "vocab": 80, "length": 16, "batch": 2, "rank": 4,
+    "inner": 8, "rounds": 2,
+}  # fmt: skip
+SMALL = Options(**SIZES)
+NAMES = ["frozen floor", "lora-mini", "lora", "lora-mini merged", "full"]
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    path = tmp_path_factory.mktemp("benchmark") / "new" / "step.json"
+    flags = [word for name, size in SIZES.items() for word in (f"--{name}", str(size))]
+    main(["--quick", "--json", str(path), *flags])
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def rows(record):
+    return {row["name"]: row for row in record["rows"]}
+
+
+def kernels(o: Options) -> list[tuple[int, int]]:
+    """(in, out) of one layer's linear kernels."""
+    return [(o.width, o.width)] * 4 + [(o.width, o.ff)] * 2 + [(o.ff, o.width)]
+
+
+def times_tokens(o: Options, *sizes: int) -> int:
+    """FLOPs of products of every token with kernels of these sizes."""
+    return 2 * o.batch * o.length * sum(sizes)
+
+
+def attention(o: Options) -> int:
+    """FLOPs of one forward call's scores and weighted sums; the mask skips nothing."""
+    return o.layers * 2 * times_tokens(o, o.length * o.width)
+
+
+def forward(o: Options) -> int:
+    linear = o.layers * times_tokens(o, *(n * m for n, m in kernels(o)))
+    return linear + times_tokens(o, o.width * o.vocab) + attention(o)
+
+
+def floor(o: Options) -> int:
+    """Each kernel's product has one of the same size behind it but for the first layer's query, key
+    and value; each of attention's has two."""
+    return 2 * forward(o) + attention(o) - times_tokens(o, *[o.width**2] * 3)
+
+
+def lora_mini(o: Options) -> int:
+    """Four thin products forward, four back, two for the trained factors. In front of the first
+    layer nothing is trained, so two of the four back are not needed."""
+    thin = (2 * o.inner * (n + m) + 6 * o.inner * o.rank for n, m in kernels(o))
+    spared = [o.width * o.inner, o.inner * o.rank] * 3
+    return floor(o) + o.layers * times_tokens(o, *thin) - times_tokens(o, *spared)
+
+
+def lora(o: Options) -> int:
+    """Two thin products forward, two back, two for the trained factors."""
+    thin = (3 * o.rank * (n + m) for n, m in kernels(o))
+    return floor(o) + o.layers * times_tokens(o, *thin) - times_tokens(o, *[o.width * o.rank] * 3)
+
+
+def test_the_file_holds_what_it_promises(record):
+    assert [row["name"] for row in record["rows"]] == NAMES
+    assert all(set(row) == {"name", *COLUMNS} for row in record["rows"])
+    assert record["config"].items() >= SIZES.items()
+    assert record["device"]
+    assert record["versions"]["jax"] == jax.__version__
+    assert record["command"].startswith("python -m benchmarks.step --quick --json")
+
+
+def test_times_are_positive_and_ordered(rows):
+    for row in rows.values():
+        assert 0 < row["step_ms_q1"] <= row["step_ms"] <= row["step_ms_q3"]
+        assert row["compile_s"] > 0
+        assert row["temp_bytes"] > 0
+        assert row["floor_ratio"] > 0
+    assert rows["frozen floor"]["floor_ratio"] == 1
+
+
+def test_arithmetic_is_that_of_the_formulas(rows):
+    """In particular: no adapter forms a dense weight gradient, and the floor skips nothing."""
+    counted = {name: round(row["dot_gflop"] * 1e9) for name, row in rows.items()}
+    known = {"frozen floor": floor, "lora-mini": lora_mini, "lora": lora}
+    assert {name: counted[name] for name in known} == {n: f(SMALL) for n, f in known.items()}
+    assert counted["full"] == 3 * forward(SMALL)
+    # Merged, the dense gradients come back, and the merge itself is added.
+    dense = SMALL.layers * times_tokens(SMALL, *(n * m for n, m in kernels(SMALL)))
+    assert counted["lora-mini merged"] > floor(SMALL) + dense
+    assert counted["lora-mini"] < min(counted["lora-mini merged"], counted["full"])
+
+
+def test_at_the_default_size_an_adapter_adds_less_than_a_tenth_to_the_floor():
+    assert floor(Options()) < lora(Options()) < lora_mini(Options()) < 1.1 * floor(Options())
+
+
+def test_trainable_counts_are_the_formulas(rows):
+    o = SMALL
+    adapted = o.layers * len(kernels(o)) * o.rank * 2 * o.inner
+    linear = o.layers * sum(n * m for n, m in kernels(o)) + o.width * o.vocab
+    expected = {
+        "frozen floor": 0,
+        "lora-mini": adapted,
+        "lora": o.layers * sum(o.rank * (n + m) for n, m in kernels(o)),
+        "lora-mini merged": adapted,
+        "full": linear + o.vocab * o.width + (2 * o.layers + 1) * o.width,
+    }
+    assert {name: row["trainable"] for name, row in rows.items()} == expected
+    for name, row in rows.items():  # Adam: two float32 a parameter, and its step count
+        assert row["optimiser_bytes"] == (8 * expected[name] + 4 if expected[name] else 0)
+
+
+def test_dot_flops_of_products_counted_by_hand():
+    x, w = jnp.ones((2, 3, 5)), jnp.ones((5, 7))
+    assert dot_flops(jax.make_jaxpr(lambda x, w: x @ w)(x, w)) == 2 * (2 * 3) * 5 * 7
+    batched = jax.make_jaxpr(jax.jit(lambda x: jnp.einsum("bij,bkj->bik", x, x)))(x)
+    assert dot_flops(batched) == 2 * 2 * 3 * 3 * 5
+    assert dot_flops(jax.make_jaxpr(jnp.sin)(x)) == 0
+
+
+def test_dot_flops_counts_a_scan_by_its_length_and_a_cond_by_its_costliest_branch():
+    square = jnp.ones((4, 4))
+
+    def power(x):
+        return jax.lax.scan(lambda y, _: (y @ x, None), x, length=6)[0]
+
+    def choose(x):
+        return jax.lax.cond(x[0, 0] > 0, power, lambda x: x @ x, x)
+
+    assert dot_flops(jax.make_jaxpr(power)(square)) == 6 * 2 * 4**3
+    assert dot_flops(jax.make_jaxpr(choose)(square)) == 6 * 2 * 4**3
+    # Backward, every turn has two products; the first one's operand is an input as well.
+    assert dot_flops(jax.make_jaxpr(jax.grad(lambda x: power(x).sum()))(square)) == 18 * 2 * 4**3
+
+
+def test_dot_flops_refuses_a_while_loop_with_products():
+    def forever(x):
+        return jax.lax.while_loop(lambda y: y.sum() > 0, lambda y: y @ y, x)
+
+    with pytest.raises(ValueError, match="while loop"):
+        dot_flops(jax.make_jaxpr(forever)(jnp.ones((4, 4))))

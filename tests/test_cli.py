@@ -1,0 +1,230 @@
+"""The command line: what it prints, and that every mistake is one line and exit code 2."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_mini_jax.cli import main, parse
+from lora_mini_jax.options import Finetune, to_json
+from tests.runs import options, write_model
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    given = options(folder)
+    (folder / "config.json").write_text(json.dumps(to_json(given)))
+    main(["finetune", "--config", str(folder / "config.json")])
+    return folder
+
+
+def refused(capsys, *argv) -> str:
+    """The one line on stderr that the command ends with, at exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in argv])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    assert len(said) == 1, said
+    assert said[0].startswith("lora-mini: ")
+    return said[0]
+
+
+def test_help_needs_no_jax():
+    code = (
+        "import sys, lora_mini_jax.cli as cli\n"
+        "try: cli.main(['--help'])\nfinally: assert 'jax' not in sys.modules"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "finetune" in out.stdout
+
+
+def test_options_beside_a_config_file_win(place):
+    given = parse(["finetune", "--config", str(place / "config.json"), "--rank", "1"])
+    assert isinstance(given, Finetune)
+    assert given.rank == 1
+    assert given.a == 8
+
+
+def test_a_saved_config_gives_the_same_options(place):
+    given = options(place, target_modules=("q_proj", "v_proj"), overrides='{"v_proj": {"rank": 1}}')
+    (place / "again.json").write_text(json.dumps(to_json(given)))
+    assert parse(["finetune", "--config", str(place / "again.json")]) == given
+
+
+def test_inspect_lists_every_kernel_and_writes_nothing(place, capsys):
+    before = sorted(place.rglob("*"))
+    model = place / "model"
+    main(["inspect", "--model", str(model), "--rank", "2", "--a", "8", "--b", "8", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["kernels"]) == 7
+    assert report["trainable"] == 7 * 2 * 16 == sum(k["trained"] for k in report["kernels"])
+    assert report["optimizer_bytes"] == 4 * (2 * report["trainable"] + 1)
+    assert report["step_gflop"] < report["full_step_gflop"]
+    main(["inspect", "--model", str(model), "--rank", "2", "--a", "8", "--b", "8"])
+    assert "layers_0/mlp/up_proj/kernel" in capsys.readouterr().out
+    assert sorted(place.rglob("*")) == before
+
+
+def test_generate_continues_prompts_with_and_without_the_adapter(place, capsys):
+    model = ["--model", str(place / "model"), "--max-new-tokens", "3"]
+    main(["generate", *model, "--prompt", "say red 1\n", "say blue 2\n"])
+    plain = capsys.readouterr().out
+    adapter = ["--adapter", str(place / "run" / "adapter")]
+    main(["generate", *model, *adapter, "--prompt", "say red 1\n", "say blue 2\n"])
+    adapted = capsys.readouterr().out
+    assert plain.startswith("say red 1")
+    assert adapted.startswith("say red 1")
+
+
+def test_merge_writes_what_transformers_loads_with_equal_logits(place):
+    import jax.numpy as jnp
+
+    from lora_mini_jax import linen, models, storage
+
+    main(["merge", "--model", str(place / "model"), "--adapter", str(place / "run" / "adapter"),
+          "--output-dir", str(place / "merged")])  # fmt: skip
+    model, params = models.load(place / "model")
+    adapter = storage.load(place / "run" / "adapter", params)
+    ids = [[1, 70, 71, 80, 90, 91]]
+    ours = linen.adapt(model)(params, adapter, jnp.array(ids))
+    theirs = AutoModelForCausalLM.from_pretrained(place / "merged")(torch.tensor(ids)).logits
+    assert abs(theirs.detach().numpy() - ours).max() < 1e-4 * abs(ours).max()
+    assert AutoTokenizer.from_pretrained(place / "merged").encode("red")
+
+
+def test_compare_runs_methods_and_seeds(place, capsys):
+    specs = ("lora-mini:rank=1", "lora-mini:rank=2,learning_rate=0.02")
+    given = ["--config", str(place / "config.json"), "--output-dir", str(place / "both")]
+    main(["compare", *given, "--max-steps", "2", "--methods", *specs, "--seeds", "0", "1"])
+    summary = json.loads((place / "both" / "summary.json").read_text())
+    rows = summary["rows"]
+    assert [(r["spec"], r["seed"]) for r in rows] == [(s, n) for s in specs for n in (0, 1)]
+    assert rows[0]["trainable"] * 2 == rows[2]["trainable"]
+    assert "±" in capsys.readouterr().out
+    assert (place / "both" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "finetune, compare"),
+        (["fintune"], "finetune, compare"),
+        (["finetune", "--modl", "x"], "--modl"),
+        (["finetune", "--data", "x", "--rank", "two"], "--rank"),
+        (["finetune", "--data", "x", "--rank", "0"], "rank is 0"),
+        (["finetune", "--data", "x", "--method", "magic"], "choose one of lora, lora-mini"),
+        (["finetune", "--data", "x", "--method", "lora", "--a", "8"], "lora has no option a"),
+        (["finetune", "--data", "x", "--rank", "9", "--a", "8"], "lower rank, or raise a and b"),
+        (["finetune", "--data", "x", "--outer-init", "magic"], "normal, fan_in"),
+        (["finetune", "--data", "x", "--learning-rate", "-1"], "--learning-rate"),
+        (["finetune", "--data", "x", "--schedule", "magic"], "linear"),
+        (["finetune", "--data", "x", "--overrides", "{"], "--overrides is not JSON"),
+        (["finetune", "--data", "x", "--prompt-field", "q"], "completion_field"),
+        (["finetune"], "give --data"),
+        (["finetune", "--config"], "--config needs a file"),
+        (["finetune", "--config", "nowhere.json"], "no such file: nowhere.json"),
+        (["generate"], "--prompt"),
+        (["compare", "--data", "x", "--methods", "magic"], "choose one of"),
+        (["compare", "--data", "x", "--methods", "lora:rank"], "lora-mini:rank=4"),
+        (["compare", "--data", "x", "--methods", "lora:rank=x"], "rank must be a int"),
+    ],
+)
+def test_a_wrong_option_is_one_line(capsys, argv, said):
+    assert said in refused(capsys, *argv)
+
+
+def bad_data(place, name):
+    """A data file that is wrong in one way."""
+    path = place / name
+    content = {
+        "empty.jsonl": b"",
+        "broken.jsonl": b'{"q": "a", "a": "b"}\n{"q": \n',
+        "latin.jsonl": b'{"q": "a", "a": "b"}\n{"q": "\xe9", "a": "b"}\n',
+        "fields.jsonl": b'{"q": "a", "a": "b"}\n{"q": "a", "answer": "b"}\n',
+        "model.pkl": b"\x80\x04.",
+    }
+    if name in content:
+        path.write_bytes(content[name])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("missing.jsonl", "missing.jsonl"),
+        ("empty.jsonl", "empty"),
+        ("broken.jsonl", "broken.jsonl, line 2"),
+        ("latin.jsonl", "latin.jsonl, line 2"),
+        ("fields.jsonl", "answer"),
+        ("model.pkl", "jsonl"),
+    ],
+)
+def test_bad_data_is_one_line_and_leaves_no_adapter(place, capsys, name, said):
+    out = place / f"bad-{name}"
+    argv = ["finetune", "--config", place / "config.json", "--data", bad_data(place, name)]
+    assert said in refused(capsys, *argv, "--output-dir", out)
+    assert not (out / "adapter").exists()
+
+
+def test_a_model_that_is_not_there_is_one_line(place, capsys):
+    argv = ["finetune", "--config", place / "config.json", "--model", place / "nowhere"]
+    assert "nowhere" in refused(capsys, *argv, "--output-dir", place / "x1")
+
+
+def test_a_pattern_that_matches_nothing_lists_the_kernels(place, capsys):
+    argv = ["finetune", "--config", place / "config.json", "--target-modules", "wq"]
+    said = refused(capsys, *argv, "--output-dir", place / "x2")
+    assert "no kernel matches 'wq'" in said
+    assert "layers_0/self_attn/q_proj/kernel" in said
+
+
+def test_a_size_that_does_not_fit_lists_the_kernels(place, capsys):
+    argv = ["finetune", "--config", place / "config.json", "--a", "40", "--b", "40"]
+    said = refused(capsys, *argv, "--output-dir", place / "x3")
+    assert "layers_0/self_attn/q_proj/kernel (32 x 32): a = 40 exceeds 32" in said
+
+
+def test_an_adapter_of_another_model_is_one_line(place, capsys):
+    other = write_model(place / "other", seed=5)
+    argv = ["generate", "--model", other, "--prompt", "a", "--adapter", place / "run" / "adapter"]
+    assert "--allow-different-base" in refused(capsys, *argv)
+    main([str(word) for word in (*argv, "--allow-different-base", "--max-new-tokens", "2")])
+    wide = write_model(place / "wide", hidden_size=64)
+    said = refused(capsys, "generate", "--model", wide, "--prompt", "a",
+                   "--adapter", place / "run" / "adapter", "--allow-different-base")  # fmt: skip
+    assert "does not fit" in said
+
+
+def test_a_truncated_model_or_adapter_is_one_line(place, capsys):
+    import shutil
+
+    for source, name, option in (
+        (place / "model", "model.safetensors", "--model"),
+        (place / "run" / "adapter", "adapter.safetensors", "--adapter"),
+    ):
+        copy = shutil.copytree(source, place / f"cut{option}")
+        (copy / name).write_bytes((copy / name).read_bytes()[:100])
+        argv = {"--model": place / "model", "--prompt": "a", option: copy}
+        said = refused(capsys, "generate", *(word for pair in argv.items() for word in pair))
+        assert name in said
+
+
+def test_a_model_folder_with_pickles_only_is_refused(place, capsys):
+    folder = place / "pickled"
+    folder.mkdir()
+    (folder / "config.json").write_text((place / "model" / "config.json").read_text())
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    assert "safetensors" in refused(capsys, "generate", "--model", folder, "--prompt", "a")
+
+
+def test_merging_into_a_folder_in_use_is_refused(place, capsys):
+    (place / "precious").mkdir()
+    (place / "precious" / "d.jsonl").write_text("keep")
+    argv = ["merge", "--model", place / "model", "--adapter", place / "run" / "adapter"]
+    assert "precious" in refused(capsys, *argv, "--output-dir", place / "precious")
+    assert (place / "precious" / "d.jsonl").read_text() == "keep"

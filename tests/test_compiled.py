@@ -1,0 +1,213 @@
+"""What a training step is made of: thin products, parameters as arguments, a donated state."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lora_mini_jax import LoRAMini, TrainState, init, linen, make_train_step, merge
+from lora_mini_jax.tree import flatten
+from tests.cases import draws, random_params
+
+BATCH, TIME, N_IN, WIDTH, HIDDEN, N_OUT = 3, 7, 20, 24, 44, 9
+METHOD = LoRAMini(rank=2, a=5, b=6)
+
+
+class Block(nn.Module):
+    """A feed-forward part of heads: Dense, an Einsum with a batch axis, DenseGeneral."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+        h = jnp.tanh(nn.Dense(HIDDEN, name="up")(x)).reshape(*x.shape[:-1], 2, HIDDEN // 2)
+        h = nn.Einsum((2, HIDDEN // 2, 15), "btnh,nhk->btnk", name="heads")(h)
+        return x + nn.DenseGeneral(WIDTH, axis=(-2, -1), name="down")(h), None
+
+
+class Model(nn.Module):
+    """Blocks between two Dense layers, in a loop (FLOPs can be counted) or under scan and remat."""
+
+    scan: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Dense(WIDTH, name="enter")(x)
+        if self.scan:
+            many = nn.scan(
+                nn.remat(Block, prevent_cse=False),
+                variable_axes={"params": 0}, split_rngs={"params": True}, length=2,
+            )  # fmt: skip
+            x, _ = many(name="layers")(x, None)
+        else:
+            for i in range(2):
+                x, _ = Block(name=f"layers_{i}")(x)
+        return nn.Dense(N_OUT, name="leave")(x)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A jaxpr with the sizes that a dense product for a weight would have."""
+
+    jaxpr: Any
+    dense: frozenset[int]
+
+    def dots(self) -> list[tuple[int, int]]:
+        """(size of the result, FLOPs) of every matrix product, scan bodies once per layer."""
+        return list(_dots(self.jaxpr.jaxpr, 1))
+
+    @property
+    def flops(self) -> int:
+        return sum(flops for _, flops in self.dots())
+
+    @property
+    def dense_products(self) -> int:
+        return sum(size in self.dense for size, _ in self.dots())
+
+
+def _dots(jaxpr: Any, times: int) -> Iterator[tuple[int, int]]:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            width = math.prod(eqn.invars[0].aval.shape[axis] for axis in contract)
+            size = math.prod(eqn.outvars[0].aval.shape)
+            yield from [(size, 2 * size * width)] * times
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(inner):
+                more = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+                yield from _dots(getattr(inner, "jaxpr", inner), times * more)
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+class Programs:
+    """The steps to compare, for one layout of the model."""
+
+    def __init__(self, scan: bool):
+        self.model: Any = Model(scan)
+        self.tx = optax.adam(1e-3)
+        self.x = draws(jnp.zeros((BATCH, TIME, N_IN)))
+        self.params = random_params(self.model, self.x)
+        targets = linen.targets(self.model, self.params, self.x)
+        self.sizes = frozenset(
+            size for t in targets for size in (t.n_in * t.n_out, math.prod(t.shape[t.stack :]))
+        )
+        self.adapter = init(self.params, METHOD, targets)
+        apply = linen.adapt(self.model)
+
+        def adapted(params, adapter, x, key):
+            return (apply(params, adapter, x) ** 2).mean()
+
+        def merged(params, adapter, x, key):
+            return (self.model.apply({"params": merge(params, adapter)}, x) ** 2).mean()
+
+        self.step: Any = make_train_step(adapted, self.tx)
+        self.merged = make_train_step(merged, self.tx)
+
+    def state(self) -> TrainState:
+        return TrainState.create(self.adapter, self.tx)
+
+    def program(self, step: Any) -> Program:
+        return Program(jax.make_jaxpr(step)(self.state(), self.params, self.x), self.sizes)
+
+    def full(self) -> Program:
+        def loss(params: Any) -> jax.Array:
+            return (self.model.apply({"params": params}, self.x) ** 2).mean()
+
+        return Program(jax.make_jaxpr(jax.grad(loss))(self.params), self.sizes)
+
+    def forward(self) -> Program:
+        jaxpr = jax.make_jaxpr(self.model.apply)({"params": self.params}, self.x)
+        return Program(jaxpr, self.sizes)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["loop", "scan+remat"])
+def programs(request) -> Programs:
+    return Programs(request.param)
+
+
+@pytest.fixture(scope="module")
+def loop() -> Programs:
+    return Programs(False)
+
+
+def test_no_activation_is_as_large_as_a_kernel(programs: Programs):
+    """The sizes are chosen so that a product of a kernel's size can only be a dense update."""
+    assert programs.forward().dense_products == 0
+
+
+def test_training_forms_no_dense_weight_gradient(programs: Programs):
+    assert programs.program(programs.step).dense_products == 0
+
+
+def test_full_fine_tuning_and_merged_weights_do_form_them(programs: Programs):
+    kernels = 2 * 3 + 2
+    assert programs.full().dense_products == kernels
+    assert programs.program(programs.merged).dense_products >= kernels
+
+
+def test_training_costs_fewer_flops_than_merged_weights_and_full_fine_tuning(programs: Programs):
+    ours, forward = programs.program(programs.step), programs.forward()
+    merged, full = programs.program(programs.merged), programs.full()
+    assert len(ours.dots()) > len(forward.dots()) > 0
+    assert ours.flops < full.flops < merged.flops
+
+
+def test_xla_counts_fewer_flops_too(loop: Programs):
+    def flops(step: Any) -> float:
+        return step.lower(loop.state(), loop.params, loop.x).compile().cost_analysis()["flops"]
+
+    assert flops(loop.step) < flops(loop.merged)
+
+
+def test_base_parameters_are_arguments_not_constants(programs: Programs):
+    closed = programs.program(programs.step).jaxpr
+    smallest = min(x.size for x in flatten(programs.params).values() if x.ndim > 1)
+    assert all(np.size(const) < smallest for const in _constants(closed))
+
+    held = jax.make_jaxpr(lambda x: programs.model.apply({"params": programs.params}, x))
+    assert any(np.size(const) >= smallest for const in _constants(held(programs.x)))
+
+
+def _constants(closed: Any) -> Iterator[Any]:
+    yield from getattr(closed, "consts", ())
+    for eqn in getattr(closed, "jaxpr", closed).eqns:
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(inner):
+                yield from _constants(inner)
+
+
+def test_other_parameters_need_no_new_program(loop: Programs):
+    first, _ = loop.step(loop.state(), loop.params, loop.x)
+    _, one = loop.step(first, loop.params, loop.x)
+    other = jax.tree.map(lambda x: 2 * x, loop.params)
+    _, two = loop.step(loop.state(), other, loop.x)
+    assert one.loss != two.loss
+    assert loop.step._cache_size() == 1
+
+
+def test_the_state_is_donated_and_the_base_is_not(loop: Programs):
+    state = loop.state()
+    lowered = loop.step.lower(state, loop.params, loop.x)
+    (given, params, batch), _ = lowered.args_info
+    assert all(leaf.donated for leaf in jax.tree.leaves(given))
+    assert not any(leaf.donated for leaf in jax.tree.leaves((params, batch)))
+
+    after, _ = loop.step(state, loop.params, loop.x)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.adapter.trainable))
+    assert not any(x.is_deleted() for x in jax.tree.leaves((loop.adapter, loop.params, after)))
+
+
+def test_only_trained_leaves_have_optimiser_state(loop: Programs):
+    adam = loop.tx.init(loop.adapter.trainable)
+    leaves = [x for x in jax.tree.leaves(loop.state().opt_state) if np.ndim(x)]
+    trained = [x.shape for x in jax.tree.leaves(loop.adapter.trainable)]
+    assert jax.tree.structure(adam) == jax.tree.structure(loop.state().opt_state)
+    assert sorted(x.shape for x in leaves) == sorted(2 * trained)

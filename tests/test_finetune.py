@@ -1,0 +1,187 @@
+"""Whole runs in this process: what they write, resuming them, and what stops them."""
+
+import dataclasses
+import json
+import shutil
+from itertools import pairwise
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import lora_mini_jax.finetune as module
+from lora_mini_jax import UserError, storage
+from lora_mini_jax.finetune import finetune, learning_rate, total_steps
+from lora_mini_jax.models import load
+from lora_mini_jax.runs import RunFolder
+from tests.runs import options, write_data
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    given = options(place, output_dir=str(place / "finished"), eval_every=3, save_every=2)
+    return given, finetune(given, say=lambda line: None)
+
+
+def quiet(given):
+    return finetune(given, say=lambda line: None)
+
+
+def test_a_run_folder_holds_what_is_promised(finished, place):
+    folder = place / "finished"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "checkpoints", "adapter", "summary.json",
+                     "report.html"}  # fmt: skip
+    assert {p.name for p in (folder / "adapter").iterdir()} == {
+        "adapter.json",
+        "adapter.safetensors",
+    }
+
+
+def test_the_adapter_of_a_run_loads_and_holds_inner_matrices_only(finished, place):
+    given, summary = finished
+    _, params = load(given.model)
+    adapter = storage.load(place / "finished" / "adapter", params)
+    stored = load_file(place / "finished" / "adapter" / "adapter.safetensors")
+    assert sum(tensor.size for tensor in stored.values()) == summary["trainable"] == 7 * 2 * 16
+    assert all(name.startswith("trainable/") for name in stored)
+    assert any(jnp.abs(f["B"]).max() > 0 for f in adapter.trainable.values())
+
+
+def test_the_loss_is_measured_before_and_after(finished, place):
+    _, summary = finished
+    rows = RunFolder(finished[0]).metrics()
+    held_out = {row["step"]: row["valid_loss"] for row in rows if "valid_loss" in row}
+    assert sorted(held_out) == [0, 3, 6]
+    assert held_out[0] == summary["valid_loss_before"] > held_out[6] == summary["valid_loss_after"]
+
+
+def test_the_report_opens_without_a_network(finished, place):
+    page = (place / "finished" / "report.html").read_text()
+    assert "<svg" in page
+    assert "held-out loss after" in page
+    assert "src=" not in page
+    assert "<link" not in page
+    assert "@import" not in page
+
+
+def test_a_finished_run_is_not_run_again(finished, monkeypatch):
+    given, summary = finished
+    monkeypatch.setattr(module, "prepare", lambda options: pytest.fail("it was run again"))
+    assert quiet(given) == summary
+
+
+def test_a_stopped_run_goes_on_and_ends_the_same(finished, place, monkeypatch):
+    given = dataclasses.replace(finished[0], output_dir=str(place / "stopped"))
+    step = module.make_train_step
+
+    def stopping(*args, **kwargs):
+        run, calls = step(*args, **kwargs), []
+
+        def one(*inputs):
+            calls.append(1)
+            if len(calls) == 6:
+                raise KeyboardInterrupt
+            return run(*inputs)
+
+        return one
+
+    monkeypatch.setattr(module, "make_train_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        quiet(given)
+    monkeypatch.setattr(module, "make_train_step", step)
+    quiet(given)
+    for name in ("adapter.json", "adapter.safetensors"):
+        ours, whole = (place / f / "adapter" / name for f in ("stopped", "finished"))
+        assert ours.read_bytes() == whole.read_bytes()
+    steps = [row["step"] for row in RunFolder(given).metrics()]
+    assert steps == sorted(steps), "the metrics of steps done twice are kept once"
+
+
+def test_another_config_in_the_same_folder_is_refused(finished):
+    with pytest.raises(UserError, match=r"another config \(learning_rate: 0.01 -> 0.5\)"):
+        quiet(dataclasses.replace(finished[0], learning_rate=0.5))
+
+
+def test_a_folder_that_is_no_run_is_refused_and_kept(place):
+    other = place / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not a run folder"):
+        quiet(options(place, output_dir=str(other)))
+    assert [p.name for p in other.iterdir()] == ["thesis.txt"]
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(place):
+    given = options(place, output_dir=str(place / "diverged"), save_every=1, log_every=1)
+    step = module.make_train_step
+
+    def poisoned(loss, tx, **kwargs):
+        def bad(params, adapter, batch, key):
+            total, number = loss(params, adapter, batch, key)
+            return jnp.where(batch["poison"], jnp.nan, total), number
+
+        run = step(bad, tx, **kwargs)
+        return lambda s, p, b: run(s, p, {**b, "poison": np.bool_(int(s.step) == 3)})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "make_train_step", poisoned)
+        with pytest.raises(UserError, match=r"loss nan .* at step 4: stopped"):
+            quiet(given)
+    kept = {p.name for p in (place / "diverged" / "checkpoints").iterdir()}
+    assert "3" in kept
+    assert "4" not in kept
+    quiet(given)  # and the run goes on from there
+
+
+def test_a_damaged_checkpoint_is_named(finished, place):
+    given = dataclasses.replace(finished[0], output_dir=str(place / "damaged"))
+    shutil.copytree(place / "finished", place / "damaged")
+    (place / "damaged" / "summary.json").unlink()
+    newest = place / "damaged" / "checkpoints" / "6"
+    for path in newest.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:5])
+    with pytest.raises(UserError, match=r"checkpoints/6.* cannot be read"):
+        quiet(given)
+    shutil.rmtree(newest)
+    quiet(given)  # goes on from the one before, as the message says
+    ours, whole = (place / f / "adapter" / "adapter.safetensors" for f in ("damaged", "finished"))
+    assert ours.read_bytes() == whole.read_bytes()
+
+
+def test_examples_that_are_too_long_are_counted_and_reported(place):
+    data = place / "long.jsonl"
+    rows = write_data(place / "short.jsonl", 24).read_text()
+    data.write_text(rows + json.dumps({"q": "x" * 100, "a": "y"}) + "\n")
+    base = options(place)
+    given = dataclasses.replace(base, data=str(data), valid=base.data, max_steps=1,
+                                output_dir=str(place / "long"))  # fmt: skip
+    said = []
+    summary = finetune(given, say=said.append)
+    assert any("1 training examples were skipped" in line for line in said)
+    assert any("1 training examples were skipped" in note for note in summary["notes"])
+    with pytest.raises(UserError, match="104 tokens"):
+        quiet(dataclasses.replace(given, overlong="error", output_dir=str(place / "long2")))
+
+
+def test_lora_runs_through_the_same_door(place):
+    given = dataclasses.replace(
+        options(place, max_steps=2), method="lora", a=None, b=None, output_dir=str(place / "lora")
+    )
+    assert quiet(given)["trainable"] == 2 * (4 * (32 + 32) + 3 * (32 + 48))
+
+
+def test_steps_and_schedule(place):
+    given = options(place, max_steps=None, epochs=1.5, warmup_ratio=0.2, learning_rate=1.0)
+    assert total_steps(given, 10) == 15
+    rates = [float(np.asarray(learning_rate(given, 10)(i))) for i in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert all(a > b for a, b in pairwise(rates[2:]))
+    assert rates[-1] > 0, "the last step still learns"

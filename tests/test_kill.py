@@ -1,0 +1,89 @@
+"""A run that is killed and started again ends with the same adapter, bit for bit."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from lora_mini_jax.options import Finetune
+from tests.runs import options
+
+KILLS = 20
+PRELOAD = ["lora_mini_jax.finetune", "orbax.checkpoint", "matplotlib.figure", "tests.runs"]
+
+
+def run(given: Finetune, cache: str) -> None:
+    """One process of the run, from its start to its end or its killing."""
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
+    import jax
+
+    # Compiled programs are kept between the processes, so that a start takes seconds.
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    from lora_mini_jax.finetune import finetune
+
+    finetune(given, say=lambda line: None)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_run_ends_with_the_same_adapter(tmp_path):
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload(PRELOAD)
+    common = {"max_steps": 60, "save_every": 1, "log_every": 1, "eval_every": 7}
+    whole = options(tmp_path, output_dir=str(tmp_path / "whole"), **common)
+    broken = options(tmp_path, output_dir=str(tmp_path / "broken"), **common)
+
+    def start(given: Finetune):
+        process = fork.Process(target=run, args=(given, str(tmp_path / "cache")))
+        process.start()
+        return process
+
+    for _ in range(2):  # once to fill the cache, once to see how long a run takes
+        reference = start(whole)
+        began = time.monotonic()
+        reference.join()
+        assert reference.exitcode == 0
+        taken = time.monotonic() - began
+        if not files_moved(tmp_path / "whole", tmp_path / "first"):
+            break
+
+    dice, reached = random.Random(0), []
+    for _ in range(KILLS):
+        process = start(broken)
+        process.join(dice.uniform(0.2, 0.6) * taken)
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        reached.append(newest(Path(broken.output_dir) / "checkpoints"))
+        if process.exitcode == 0:
+            # It ran to its end between two kills: start the next one from nothing.
+            assert files(tmp_path / "broken" / "adapter") == files(tmp_path / "whole" / "adapter")
+            os.rename(tmp_path / "broken", tmp_path / f"finished-{len(reached)}")
+    last = start(broken)
+    last.join()
+    assert last.exitcode == 0
+    assert len(set(reached)) > 2, f"the kills did not fall into training: {reached}"
+    assert files(tmp_path / "broken" / "adapter") == files(tmp_path / "whole" / "adapter")
+
+
+def files_moved(source: Path, target: Path) -> bool:
+    """Move the first reference away, once."""
+    if target.exists():
+        return False
+    os.rename(source, target)
+    return True
+
+
+def newest(folder: Path) -> int:
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    return max(steps, default=0)

@@ -1,0 +1,184 @@
+"""Only the trained leaves are trained: the masked optimiser, and the step around it."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lora_mini_jax import (
+    LoRAMini,
+    Target,
+    TrainState,
+    UserError,
+    freeze,
+    init,
+    join,
+    linen,
+    make_train_step,
+    merge,
+    split,
+    trainable_mask,
+)
+from tests.cases import by_name, draws, random_params, randomised
+
+MODEL = nn.Sequential([nn.Dense(6), jnp.tanh, nn.Dense(3)])
+X, Y = draws(jnp.zeros((8, 5)), 1.0, 1), draws(jnp.zeros((8, 3)), 1.0, 2)
+PARAMS = random_params(MODEL, X)
+ADAPTER = randomised(init(PARAMS, LoRAMini(rank=2, a=3, b=3), linen.targets(MODEL, PARAMS, X)))
+TREE = join(PARAMS, ADAPTER)
+APPLY = linen.adapt(MODEL)
+
+
+def loss_fn(params: Any, adapter: Any, batch: Any, key: Any) -> jax.Array:
+    x, y = batch
+    return ((APPLY(params, adapter, x) - y) ** 2).mean()
+
+
+@jax.jit
+def tree_grads(tree: Any) -> Any:
+    """Gradients of the loss in every leaf of the joined tree."""
+    return jax.grad(lambda tree: loss_fn(*split(tree, ADAPTER), (X, Y), None))(tree)
+
+
+def train_tree(tx: Any, steps: int) -> tuple[Any, Any]:
+    tree, state = TREE, tx.init(TREE)
+    for _ in range(steps):
+        updates, state = tx.update(tree_grads(tree), state, tree)
+        tree = optax.apply_updates(tree, updates)
+    return tree, state
+
+
+def changed(before: Any, after: Any) -> set[str]:
+    new = by_name(after)
+    return {n for n, x in by_name(before).items() if not np.array_equal(x, new[n])}
+
+
+TRAINED = {name for name in by_name(TREE) if "'trainable'" in name}
+
+
+def test_the_mask_is_true_on_the_trained_leaves_alone():
+    mask = by_name(trainable_mask(TREE))
+    assert {name for name, flag in mask.items() if flag} == TRAINED
+    assert len(TRAINED) == 4
+
+
+def test_a_tree_without_an_adapter_raises():
+    with pytest.raises(UserError, match="join"):
+        trainable_mask(PARAMS)
+    with pytest.raises(UserError, match="join"):
+        freeze(optax.sgd(0.1)).init(PARAMS)
+
+
+def test_join_and_split_are_inverse_whatever_modules_are_called():
+    for name in ("up", "image_adapter", "kernel_adapter"):
+        params = {name: {"up": PARAMS["layers_0"]}}
+        target = Target(f"{name}/up/kernel", (5, 6))
+        adapter = init(params, LoRAMini(rank=2, a=3, b=3), [target])
+        back, again = split(join(params, adapter), adapter)
+        assert jax.tree.structure(back) == jax.tree.structure(params), name
+        assert jax.tree.structure(again) == jax.tree.structure(adapter), name
+        assert not changed((params, adapter), (back, again))
+
+
+def test_frozen_leaves_stay_bit_identical_and_have_no_state():
+    tree, state = train_tree(freeze(optax.adamw(0.1, weight_decay=0.1)), 3)
+    assert changed(TREE, tree) == TRAINED
+    moments = sorted(x.shape for x in jax.tree.leaves(state) if x.ndim)
+    trained = [x.shape for name, x in by_name(TREE).items() if name in TRAINED]
+    assert moments == sorted(2 * trained)
+
+
+def test_optax_masked_alone_would_have_changed_the_frozen_leaves():
+    tree, _ = train_tree(optax.masked(optax.sgd(0.1), trainable_mask), 1)
+    assert changed(TREE, tree) > TRAINED
+
+
+def test_clipping_sees_the_trained_leaves_alone():
+    grads = by_name(tree_grads(TREE))
+    ours = float(optax.global_norm([grads[name] for name in TRAINED]))
+    assert ours < 0.9 * float(optax.global_norm(list(grads.values())))
+    limit = 0.5 * ours
+    tree, _ = train_tree(freeze(optax.chain(optax.clip_by_global_norm(limit), optax.sgd(1.0))), 1)
+    moved = [by_name(tree)[name] - by_name(TREE)[name] for name in TRAINED]
+    np.testing.assert_allclose(optax.global_norm(moved), limit, rtol=1e-4)
+
+
+def test_training_the_joined_tree_equals_training_the_state():
+    tx = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.01))
+    tree, _ = train_tree(freeze(tx), 3)
+    step, state = make_train_step(loss_fn, tx), TrainState.create(ADAPTER, tx)
+    for _ in range(3):
+        state, _ = step(state, PARAMS, (X, Y))
+    params, adapter = split(tree, ADAPTER)
+    assert not changed(PARAMS, params)
+    for name, leaf in by_name(adapter.trainable).items():
+        np.testing.assert_allclose(leaf, by_name(state.adapter.trainable)[name], atol=2e-6)
+
+
+def test_a_mask_of_booleans_will_do():
+    tree, _ = train_tree(freeze(optax.sgd(0.1), trainable_mask(TREE)), 1)
+    assert changed(TREE, tree) == TRAINED
+
+
+@pytest.fixture(scope="module")
+def noisy() -> tuple[Any, Any]:
+    """(step, tx) whose loss has noise of its own and reports it as ``aux``."""
+
+    def noisy_loss(params, adapter, batch, key):
+        noise = jax.random.normal(key, ())
+        return loss_fn(params, adapter, batch, key) * (1 + 0.1 * noise), {"noise": noise}
+
+    tx = optax.adam(0.01)
+    return make_train_step(noisy_loss, tx, has_aux=True), tx
+
+
+def run(noisy: Any, seed: Any, batches: list[Any]) -> tuple[Any, list[Any]]:
+    step, tx = noisy
+    state, seen = TrainState.create(ADAPTER, tx, seed), []
+    for batch in batches:
+        state, metrics = step(state, PARAMS, batch)
+        seen.append(metrics)
+    return state, seen
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_changes_nothing_but_the_count(noisy, bad: float):
+    before, _ = run(noisy, 0, [(X, Y)])
+    after, metrics = run(noisy, 0, [(X, Y), (X, Y * bad)])
+    assert not np.isfinite(metrics[-1].loss)
+    assert not changed((before.adapter, before.opt_state), (after.adapter, after.opt_state))
+    assert (int(before.step), int(after.step)) == (1, 2)
+    healed, metrics = run(noisy, 0, [(X, Y), (X, Y * bad), (X, Y)])
+    assert np.isfinite(metrics[-1].loss)
+    assert changed(after.adapter, healed.adapter)
+
+
+def test_metrics_are_the_loss_the_gradient_norm_and_what_the_loss_adds(noisy):
+    _, (metrics,) = run(noisy, 0, [(X, Y)])
+    factor = 1 + 0.1 * metrics.aux["noise"]
+    grads = by_name(tree_grads(TREE))
+    plain = jnp.mean((MODEL.apply({"params": merge(PARAMS, ADAPTER)}, X) - Y) ** 2)
+    np.testing.assert_allclose(metrics.loss, factor * plain, rtol=1e-5)
+    norm = optax.global_norm([grads[name] for name in TRAINED])
+    np.testing.assert_allclose(metrics.grad_norm, abs(factor) * norm, rtol=1e-4)
+
+
+def test_a_seed_gives_the_same_run_and_each_step_its_own_randomness(noisy):
+    one, first = run(noisy, 4, [(X, Y)] * 3)
+    two, again = run(noisy, jax.random.key(4), [(X, Y)] * 3)
+    _, other = run(noisy, 5, [(X, Y)] * 3)
+    assert not changed((one, first), (two, again))
+    draws_seen = [float(m.aux["noise"]) for m in (*first, *other)]
+    assert len(set(draws_seen)) == 6
+
+
+def test_the_step_takes_no_array_of_the_callers(noisy):
+    """The state is donated: what was given to make it must not be gone with it."""
+    key = jax.random.key(1)
+    run(noisy, key, [(X, Y)])
+    assert jax.random.normal(key, ()).shape == ()
+    assert not any(x.is_deleted() for x in jax.tree.leaves((ADAPTER, PARAMS)))

@@ -1,0 +1,278 @@
+"""Saved adapters: small, exact, never half written, and every mishap is one line that helps."""
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from lora_mini_jax import Adapter, LoRA, LoRAMini, Target, UserError, init, load, save
+from lora_mini_jax.sketch import same, sketch
+from tests.cases import by_name, draws, randomised
+
+PARAMS: Any = {
+    "up": {"kernel": draws(jnp.zeros((64, 96)), 0.1, 1), "bias": jnp.zeros(96)},
+    "layers": {"down": {"kernel": draws(jnp.zeros((2, 96, 64)), 0.1, 2)}},
+}
+OTHER = jax.tree.map(lambda x: draws(x, 0.1, 9), PARAMS)
+TARGETS = (Target("up/kernel", (64, 96)), Target("layers/down/kernel", (2, 96, 64), stack=1))
+METHOD = LoRAMini(rank=2, a=8, b=8)
+
+
+def make(method: Any = METHOD, overrides: Any = None) -> Adapter:
+    return randomised(init(PARAMS, method, TARGETS, 3, overrides=overrides))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A good saved adapter, to be spoilt."""
+    save(tmp_path / "good", make(), PARAMS, base="tiny")
+    return tmp_path / "good"
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    """The same with its frozen factors stored."""
+    save(tmp_path / "full", make(), PARAMS, store_outer=True)
+    return tmp_path / "full"
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    right = by_name(b)
+    return all(np.array_equal(x, right[name]) for name, x in by_name(a).items())
+
+
+def edit(folder: Path, change: Callable[[dict], Any]) -> None:
+    path = folder / "adapter.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def retensor(folder: Path, change: Callable[[dict], Any]) -> None:
+    path = folder / "adapter.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def refused(folder: Path, *words: str, params: Any = PARAMS, **options: Any) -> str:
+    """Loading raises one `UserError` line that names the folder and has these words in it."""
+    with pytest.raises(UserError) as caught:
+        load(folder, params, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(folder) in message
+    for word in words:
+        assert word in message
+    return message
+
+
+@pytest.mark.parametrize("outer_init", ["normal", "fan_in", "orthogonal", "svd"])
+@pytest.mark.parametrize("store_outer", [False, True])
+def test_loading_gives_the_saved_bits(tmp_path, outer_init: Any, store_outer: bool):
+    method = LoRAMini(rank=2, a=8, b=8, outer_init=outer_init)
+    adapter = make(method, {"up": {"rank": 3, "alpha": 1.5}})
+    save(tmp_path / "it", adapter, PARAMS, store_outer=store_outer)
+    loaded = load(tmp_path / "it", PARAMS)
+    assert loaded.sites == adapter.sites
+    assert jax.tree.structure(loaded) == jax.tree.structure(adapter)
+    assert same_bits(loaded, adapter)
+
+
+def test_a_saved_adapter_is_small_and_holds_no_outer_factors(folder, full):
+    names = load_file(folder / "adapter.safetensors")
+    assert sorted(names) == [f"trainable/{t.path}/{n}" for t in TARGETS[::-1] for n in "AB"]
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    outer = sum(x.nbytes for x in jax.tree.leaves(make().frozen))
+    assert size < 8000 < outer
+    assert sum(path.stat().st_size for path in full.iterdir()) > outer
+
+
+def test_a_typed_key_of_any_kind_can_be_saved(tmp_path):
+    adapter = init(PARAMS, METHOD, TARGETS, jax.random.key(0, impl="rbg"))
+    save(tmp_path / "it", adapter, PARAMS)
+    assert same_bits(load(tmp_path / "it", PARAMS), adapter)
+
+
+def test_a_folder_or_file_that_is_missing(tmp_path, folder):
+    refused(tmp_path / "nowhere", "no adapter folder")
+    (folder / "adapter.safetensors").unlink()
+    refused(folder, "adapter.safetensors")
+    (folder / "adapter.json").unlink()
+    refused(folder, "adapter.json")
+
+
+def test_files_that_are_damaged(folder):
+    tensors, record = folder / "adapter.safetensors", folder / "adapter.json"
+    whole = tensors.read_bytes()
+    for part in (whole[:-50], whole[:100], b"", b"\0" * 64):
+        tensors.write_bytes(part)
+        refused(folder, "adapter.safetensors", "damaged", "again")
+    record.write_text(record.read_text()[:-20])
+    refused(folder, "adapter.json", "JSON")
+    record.write_bytes(b"\xff\xfe\0")
+    refused(folder, "adapter.json", "UTF-8")
+    record.write_text("[]")
+    refused(folder, "adapter.json", "format")
+
+
+def put(*path: Any) -> Callable[[dict], None]:
+    """Set a field deep in the record: ``put("methods", 0, "rank", 9)``."""
+
+    def change(record: Any) -> None:
+        *way, last, value = path
+        for step in way:
+            record = record[step]
+        record[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (put("format", 99), "99"),
+        (put("methods", 0, "method", "nope"), "nope"),
+        (put("methods", 0, "width", 9), "width"),
+        (put("methods", 0, "rank", 0), "rank"),
+        (put("methods", 0, "rank", 9), "rank"),
+        (put("sites", 0, "shape", [64, 95]), "up/kernel"),
+        (put("sites", 0, "path", "gone/kernel"), "gone/kernel"),
+        (put("sites", 0, "method", 5), "adapter.json"),
+        (put("sites", 0, "color", "red"), "adapter.json"),
+        (lambda record: record.pop("key"), "key"),
+        (put("key", [3, 4]), "frozen factors"),
+        (put("sites", 0, "digest", "A_aux", [1.0, 2.0, 3.0]), "up/kernel/A_aux"),
+        (put("base_fingerprint", 1, [1.0, 2.0, 3.0]), "up/bias"),
+        (lambda record: record["base_fingerprint"].pop(), "2 parameter arrays"),
+    ],
+)
+def test_an_edited_record(folder, change: Any, word: str):
+    edit(folder, change)
+    refused(folder, word)
+
+
+FIELDS = ("format", "key", "methods", "sites", "base_fingerprint")
+
+
+@pytest.mark.parametrize("value", [None, 5, "x", [], [1, 2, 3], {"up/kernel": 1}], ids=str)
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_field_of_the_wrong_kind(folder, field: str, value: Any):
+    edit(folder, put(field, value))
+    refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("shape", "x"), ("shape", [64]), ("ins", [7]), ("ins", []), ("stack", 9), ("stack", "x"),
+     ("path", 3), ("outs", [0]), ("digest", 5), ("digest", {"A_aux": "x"}), ("method", "x")],
+)  # fmt: skip
+def test_a_site_that_makes_no_sense(folder, name: str, value: Any):
+    edit(folder, put("sites", 0, name, value))
+    refused(folder)
+
+
+def test_tensors_that_do_not_fit(folder):
+    a, b = (f"trainable/up/kernel/{name}" for name in "AB")
+    whole = (folder / "adapter.safetensors").read_bytes()
+    changes: dict[str, Callable[[dict], Any]] = {
+        "(1, 2)": lambda t: t.update({a: np.zeros((1, 2), np.float32)}),
+        "float64": lambda t: t.update({a: t[a].astype(np.float64)}),
+        f"{b} is missing": lambda t: t.pop(b),
+        "trainable/up/kernel/C": lambda t: t.update({"trainable/up/kernel/C": t[a]}),
+        "elsewhere": lambda t: t.update({"elsewhere": t[a]}),
+    }
+    for word, change in changes.items():
+        retensor(folder, change)
+        refused(folder, word, "adapter.safetensors")
+        (folder / "adapter.safetensors").write_bytes(whole)
+    retensor(folder, lambda t: t.clear())
+    message = refused(folder)
+    assert message.count("is missing") == 4
+
+
+def test_a_stored_outer_factor_that_is_missing_is_not_drawn_instead(full):
+    retensor(full, lambda t: t.pop("frozen/up/kernel/A_aux"))
+    refused(full, "frozen/up/kernel/A_aux")
+
+
+def test_another_base_is_refused_unless_allowed(folder):
+    refused(folder, "another base", "tiny", "allow", params=OTHER)
+    assert same_bits(load(folder, OTHER, allow_different_base=True), make())
+
+
+def test_factors_made_of_another_base_s_kernels_are_refused(tmp_path):
+    adapter = make(LoRAMini(rank=2, a=8, b=8, outer_init="svd"))
+    save(tmp_path / "svd", adapter, PARAMS)
+    refused(tmp_path / "svd", "store_outer=True", params=OTHER, allow_different_base=True)
+    save(tmp_path / "svd", adapter, PARAMS, store_outer=True)
+    assert same_bits(load(tmp_path / "svd", OTHER, allow_different_base=True), adapter)
+
+
+def test_a_model_of_other_shapes_is_refused_even_when_allowed(folder):
+    narrow = {**PARAMS, "up": {"kernel": jnp.zeros((64, 90)), "bias": jnp.zeros(90)}}
+    with pytest.raises(UserError, match=r"up/kernel is \(64, 90\), not \(64, 96\)"):
+        load(folder, narrow, allow_different_base=True)
+    with pytest.raises(UserError, match="layers/down/kernel is missing"):
+        load(folder, {"up": PARAMS["up"]}, allow_different_base=True)
+
+
+def test_a_bfloat16_copy_is_the_same_base(folder):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    assert same_bits(load(folder, half), make())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        # What safetensors itself raises on a full disk.
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+    ],
+    ids=["OSError", "SafetensorError"],
+)
+def test_a_full_disk_leaves_what_was_there(folder, monkeypatch, error: Exception):
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.numpy, "save_file", fail)
+        with pytest.raises(UserError, match=r"disk is full.*good"):
+            save(folder, make(LoRA(rank=1)), PARAMS)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert list(folder.parent.iterdir()) == [folder]  # nothing half written lies about
+    save(folder, make(LoRA(rank=1)), PARAMS)
+    assert load(folder, PARAMS).sites[0].method == LoRA(rank=1)
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_file_in_the_way_is_kept(tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(UserError, match="taken"):
+        save(tmp_path / "taken", make(), PARAMS)
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_a_sketch_bears_rounding_and_tells_arrays_apart(scale: float):
+    array = scale * np.random.default_rng(0).normal(size=(40, 30)).astype(np.float32)
+    noisy = np.nextafter(array, np.float32(np.inf))
+    assert same(sketch(array), sketch(noisy))
+    assert same(sketch(array), sketch(jnp.asarray(array, jnp.bfloat16)))
+    others = (array.T, array[::-1], -array, 1.01 * array, np.roll(array, 1), np.zeros_like(array))
+    for other in others:
+        assert not same(sketch(array), sketch(other))
+    assert same(sketch(np.zeros(4)), sketch(np.zeros(4)))
+    assert not same(sketch(array), sketch(array)[:-1])
