@@ -8,7 +8,6 @@ the floor's in the same round) before milliseconds. ``--quick`` takes under a mi
 the default, eight layers of width 1024, a quarter of an hour or more there, and 6 GB of memory.
 """
 
-import math
 import platform
 import shlex
 import sys
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 import lora_mini_jax as lmj
 from lora_mini_jax.files import write_json
+from lora_mini_jax.flops import dot_flops
 
 FIRST = tuple(("layers_0", "self_attn", name) for name in ("q_proj", "k_proj", "v_proj"))
 COLUMNS: dict[str, tuple[str, float, str]] = {
@@ -213,33 +213,6 @@ def compiled(name: str, step: Any, args: tuple, trained: Any = (), moments: Any 
         "compile_s": time.perf_counter() - started,
     }
     return Row(name, program, args[0], facts)
-
-
-def dot_flops(jaxpr: Any) -> int:
-    """Multiplications and additions in the matrix products of a jaxpr and of those it calls.
-
-    A scan counts as often as it runs, a conditional as its costliest branch; element-wise work and
-    convolutions are not counted. A product in a while loop, whose turns cannot be known, is a
-    ValueError.
-    """
-    total = 0
-    for eqn in jaxpr.eqns:
-        leaves = jax.tree.leaves(eqn.params, is_leaf=lambda leaf: hasattr(leaf, "eqns"))
-        inner = [dot_flops(leaf) for leaf in leaves if hasattr(leaf, "eqns")]
-        match eqn.primitive.name:
-            case "dot_general":
-                contracted = eqn.params["dimension_numbers"][0][0]
-                depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
-                total += 2 * depth * math.prod(eqn.outvars[0].aval.shape)
-            case "scan":
-                total += eqn.params["length"] * sum(inner)
-            case "cond":
-                total += max(inner)
-            case "while" if any(inner):
-                raise ValueError("a matrix product in a while loop cannot be counted")
-            case _:
-                total += sum(inner)
-    return total
 
 
 def summary(row: Row, floor_times: Sequence[float]) -> dict[str, Any]:

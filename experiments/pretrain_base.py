@@ -14,6 +14,7 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -129,11 +130,13 @@ def config(options: Options) -> LlamaConfig:
 
 def fit(model: Llama, train: np.ndarray, valid: np.ndarray, options: Options):
     """Train every parameter with AdamW; returns them and the loss curve."""
-    schedule = optax.warmup_cosine_decay_schedule(0, options.lr, options.steps // 20, options.steps, 0.0)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1))
+    warmup = options.steps // 20
+    rate = optax.warmup_cosine_decay_schedule(0, options.lr, warmup, options.steps)
+    adamw = optax.adamw(rate, b2=0.95, weight_decay=0.1)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
-    def loss_fn(params, tokens):
-        logits = model.apply({"params": params}, tokens[:, :-1])
+    def loss_fn(params: Any, tokens: Any) -> jax.Array:
+        logits: Any = model.apply({"params": params}, tokens[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
     @jax.jit

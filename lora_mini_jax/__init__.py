@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_mini_jax import linen, models
     from lora_mini_jax.adapter import Adapter, count, init, join, merge, split, unmerge
-    from lora_mini_jax.errors import UserError
     from lora_mini_jax.decode import generate
+    from lora_mini_jax.errors import UserError
     from lora_mini_jax.method import Method
     from lora_mini_jax.methods.lora import LoRA
     from lora_mini_jax.methods.lora_mini import LoRAMini

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from lora_mini_jax import storage
 from lora_mini_jax.adapter import Adapter, merge
 from lora_mini_jax.data import load_tokenizer
-from lora_mini_jax.finetune import Log
 from lora_mini_jax.decode import generate
+from lora_mini_jax.finetune import Log
 from lora_mini_jax.models import load
 from lora_mini_jax.models import save as save_model
 from lora_mini_jax.models.hub import resolve

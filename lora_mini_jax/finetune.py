@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from lora_mini_jax.adapter import Adapter, count, draw
 from lora_mini_jax.checkpoint import Checkpoints
-from lora_mini_jax.errors import UserError
 from lora_mini_jax.decode import generate
+from lora_mini_jax.errors import UserError
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.report import run_report
 from lora_mini_jax.runs import Row, RunFolder

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ def write_model(folder: Path, seed: int = 0, **changes: int) -> Path:
     """A random Llama of one layer with a byte-level tokenizer, in Hugging Face layout."""
     sizes = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "max_position_embeddings": 128}
-    config = LlamaConfig(**{**sizes, **heads, **changes})
+    given: dict[str, Any] = {**sizes, **heads, **changes}
+    config = LlamaConfig(**given)
     model = Llama(config)
     params = model.init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
     files = folder.with_name(folder.name + "-tokenizer")
@@ -42,14 +44,14 @@ def write_data(path: Path, n: int = 48) -> Path:
     return path
 
 
-def options(folder: Path, **changes: object) -> Finetune:
+def options(folder: Path, **changes: Any) -> Finetune:
     """A run of seconds; makes the model and the data in ``folder`` where they are not there yet."""
     model, data = folder / "model", folder / "data.jsonl"
     if not model.exists():
         write_model(model)
     if not data.exists():
         write_data(data)
-    given: dict = {
+    given: dict[str, Any] = {
         "model": str(model),
         "data": str(data),
         "prompt_field": "q",

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.step import COLUMNS, Options, dot_flops, main
+from benchmarks.step import COLUMNS, Options, main
+from lora_mini_jax.flops import dot_flops
 
 SIZES: dict[str, Any] = {
     "layers": 2, "width": 64, "ff": 96, "vocab": 80, "length": 16, "batch": 2, "rank": 4,

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_mini_jax.errors import UserError
 from lora_mini_jax.decode import _pick, generate
+from lora_mini_jax.errors import UserError
 from lora_mini_jax.models import Llama, LlamaConfig, load
 
 SHARED = Path(os.environ.get("LMJ_SHARED", Path(__file__).parents[1] / "../shared"))
