@@ -111,3 +111,7 @@ def _one_line(text: str) -> str:
     return (
         f"{said if title == 'Value error' else f'{title.lower()}: {said}'} (see lora-mini --help)"
     )
+
+
+if __name__ == "__main__":
+    main()

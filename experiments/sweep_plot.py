@@ -1,0 +1,107 @@
+"""Draw and tabulate what ``experiments.sweep_e2e`` found.
+
+    python -m experiments.sweep_plot
+
+Reads ``experiments/results/sweep_e2e.json``; writes ``sweep_e2e.png`` (held-out loss against
+trained parameters) and ``sweep_e2e.md`` (all configurations) beside it. Takes two seconds.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import tyro
+
+from lora_mini_jax.files import read_json, write_text
+
+Result = dict[str, Any]
+COLOURS = {"orthogonal": "#0072B2", "svd": "#009E73", "fan_in": "#D55E00", "normal": "#CC79A7"}
+BUDGETS = (10, 20)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where the results are; the picture and the table go beside them."""
+
+    results: Path = Path(__file__).parent / "results" / "sweep_e2e.json"
+
+
+def main(options: Options) -> None:
+    """Write the picture and the table."""
+    found: dict[str, Result] = read_json(options.results)
+    write_text(options.results.with_suffix(".md"), table(found))
+    figure = draw([r for r in found.values() if r["base"] == "pretrained"])
+    figure.savefig(options.results.with_suffix(".png"), dpi=150)
+
+
+def table(found: dict[str, Result]) -> str:
+    """A markdown table, the fewest trained parameters first."""
+    whole = found["LoRA r=8"]["trained"]
+    lines = [
+        "| configuration | trained | fewer than LoRA r=8 | held-out loss | best lr |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    order = sorted(found.items(), key=lambda item: (item[1]["trained"], item[1]["mean"]))
+    for name, r in order:
+        lines.append(
+            f"| {name} | {r['trained']:,} | {whole / r['trained']:.1f}x | "
+            f"{r['mean']:.3f} ± {r['std']:.3f} | {r['lr']:g} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(found: list[Result]) -> plt.Figure:
+    """Held-out loss against trained parameters, a line along the best of each kind."""
+    figure, axes = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
+    loras = [r for r in found if r["method"]["method"] == "lora"]
+    whole = [r for r in loras if r["include"] == "all-linear"]
+    series(axes, whole, "LoRA, all linear kernels", "black", "o")
+    series(axes, [r for r in loras if r not in whole], "LoRA, some kernels", "0.55", "s")
+    for outer_init, colour in COLOURS.items():
+        own = [r for r in found if r["method"].get("outer_init") == outer_init]
+        series(axes, own, f"LoRA-Mini, {outer_init}", colour, "^")
+    most = max(r["trained"] for r in whole)
+    for factor in BUDGETS:
+        axes.axvline(most / factor, color="0.8", linewidth=1, zorder=0)
+        label = f"{factor}x fewer\nthan LoRA r=8"
+        axes.annotate(
+            label, (most / factor, 0.99), xycoords=("data", "axes fraction"), va="top",
+            xytext=(3, 0), textcoords="offset points", fontsize=8, color="0.4",
+        )  # fmt: skip
+    axes.set(
+        xscale="log", xlabel="trained parameters",
+        ylabel="held-out loss (nats a completion token)",
+        title="E2E on a 260K-parameter Llama: three seeds, learning rate tuned for each point",
+    )  # fmt: skip
+    ticks = [500, 1000, 2000, 5000, 10_000, 20_000, 50_000]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=9)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure
+
+
+def series(axes: plt.Axes, found: list[Result], label: str, colour: str, marker: str) -> None:
+    """Every point with its error bar, and a line along those that no smaller one beats."""
+    if not found:
+        return
+    found = sorted(found, key=lambda r: (r["trained"], r["mean"]))
+    best = [
+        r for i, r in enumerate(found) if r["mean"] < min([s["mean"] for s in found[:i]] + [99])
+    ]
+    axes.plot([r["trained"] for r in best], [r["mean"] for r in best], color=colour, linewidth=1.4)
+    axes.errorbar(
+        [r["trained"] for r in found], [r["mean"] for r in found], [r["std"] for r in found],
+        color=colour, marker=marker, markersize=5, linestyle="none", capsize=2, linewidth=1,
+        label=label,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,73 @@
+"""The house itself: who may import whom, what importing costs, what is public, the pins."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import lora_mini_jax
+from tests.check_pins import disagreements
+
+PACKAGE = Path(lora_mini_jax.__file__).parent
+# Lower layers first; a file may import those before it. Anything not listed is above them all.
+LAYERS = ("errors", "files", "sketch", "tree", "method", "methods", "adapter", "optim", "train")
+HEAVY = {"flax", "orbax", "transformers", "datasets", "tyro", "matplotlib", "tokenizers"}
+
+
+def imports(path: Path) -> set[str]:
+    """The modules a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def layer(module: str) -> int | None:
+    name = module.removeprefix("lora_mini_jax.").split(".")[0]
+    return LAYERS.index(name) if module.startswith("lora_mini_jax.") and name in LAYERS else None
+
+
+def test_imports_go_downwards_only():
+    for path in PACKAGE.rglob("*.py"):
+        module = ".".join(("lora_mini_jax", *path.relative_to(PACKAGE).with_suffix("").parts))
+        own = layer(module)
+        if own is None:
+            continue
+        for name in imports(path):
+            if name.startswith("lora_mini_jax."):
+                below = layer(name)
+                assert below is not None, f"{module} imports {name}, which is above it"
+                assert below <= own, f"{module} imports {name}, which is above it"
+
+
+def test_no_method_imports_another():
+    for path in (PACKAGE / "methods").glob("*.py"):
+        if path.name != "__init__.py":
+            assert not any(name.startswith("lora_mini_jax.methods") for name in imports(path))
+
+
+def test_the_core_needs_neither_flax_nor_anything_heavy():
+    code = (
+        "import sys, lora_mini_jax as lmj\n"
+        "[getattr(lmj, n) for n in lmj.__all__ if n not in ('linen', 'models', 'generate')]\n"
+        f"print(sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there_and_fits_a_screen():
+    assert len(lora_mini_jax.__all__) <= 25
+    for name in lora_mini_jax.__all__:
+        assert getattr(lora_mini_jax, name).__doc__, name
+
+
+def test_pins_and_ranges_agree():
+    assert disagreements() == []
+
+
+def test_the_shipped_model_is_small_enough():
+    assert sum(path.stat().st_size for path in (PACKAGE / "base").iterdir()) <= 8_000_000

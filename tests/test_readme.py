@@ -1,0 +1,40 @@
+"""What the README shows works as it is shown."""
+
+import re
+import shlex
+from pathlib import Path
+
+from lora_mini_jax.cli import parse
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+SHELL = re.findall(r"```sh\n(.*?)```", README, re.S)
+
+
+def test_the_python_example_runs_and_learns(tmp_path, monkeypatch):
+    (example,) = PYTHON
+    assert len(example.strip().splitlines()) <= 25
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(example, names)
+    jnp, params, merged, state = (names[n] for n in ("jnp", "params", "merged", "state"))
+    before = names["loss_fn"](params, names["adapter"], (names["x"], names["y"]), None)
+    assert names["metrics"].loss < 0.9 * before
+    assert (tmp_path / "my-adapter" / "adapter.safetensors").exists()
+    plain = names["model"].apply({"params": merged}, names["x"])
+    assert jnp.abs(plain - names["apply"](params, state.adapter, names["x"])).max() < 1e-5
+
+
+def test_every_command_shown_parses():
+    text = "\n".join(SHELL).replace("\\\n", " ")
+    commands = [line for line in text.splitlines() if line.startswith("lora-mini ")]
+    assert len(commands) >= 5
+    for command in commands:
+        parse(shlex.split(command, comments=True)[1:])
+
+
+def test_the_table_of_methods_has_every_method():
+    from lora_mini_jax.methods import METHODS
+
+    for name in METHODS:
+        assert f"| `{name}` |" in README
