@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors, Method
-from lora_mini_jax.methods import from_dict
 from lora_mini_jax.tree import Target, flatten, listing, matches, over_lead, unflatten
+
+GENERATOR = "threefry2x32"
 
 SUFFIX = "_adapter"
 """Beside ``kernel``, a joined tree holds ``kernel_adapter: {"trainable": ..., "frozen": ...}``."""
@@ -81,7 +82,7 @@ def plan(
         method: the method for every target that no override names.
         targets: the kernels, as `select` gives them.
         overrides: ``{regular expression: {field: value}}``, other hyper-parameters for some
-            kernels: ``{"mlp": {"rank": 4, "alpha": 8.0}}``. The last that matches wins.
+            kernels: ``{"mlp": {"rank": 4, "alpha": 8.0}}``. Where several match, the last wins.
 
     Raises:
         UserError: a pattern that matches none of the targets, a field the method does not have,
@@ -96,7 +97,7 @@ def plan(
         own = method
         for pattern, changed in overrides.items():
             if matches(target, pattern):
-                own = from_dict({**method.to_dict(), **changed})
+                own = own.with_settings(changed)
         sites.append(Site(target, own))
     check(sites)
     return tuple(sites)
@@ -161,10 +162,26 @@ def draw(params: Mapping[str, Any], sites: tuple[Site, ...], key: jax.Array | in
 
 
 def as_key(key: jax.Array | int) -> jax.Array:
-    """A typed random key from a seed, a key or a key's data."""
+    """A typed random key from a seed, a key, or a key's data.
+
+    Always of JAX's threefry generator, whatever the default is: its bits are the same on every
+    backend, which drawing the frozen leaves again relies on.
+
+    Raises:
+        UserError: a key of another generator.
+    """
     if isinstance(key, int):
-        return jax.random.key(key)
-    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+        return jax.random.key(key, impl=GENERATOR)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.shape != (2,):
+            raise UserError(f"a key of data {key.shape} is not of {GENERATOR}: give a seed")
+        return jax.random.wrap_key_data(key, impl=GENERATOR)
+    if str(jax.random.key_impl(key)) != GENERATOR:
+        raise UserError(
+            f"keys of {jax.random.key_impl(key)} differ between machines: give a seed, or "
+            f"jax.random.key(seed, impl='{GENERATOR}')"
+        )
+    return key
 
 
 def merge(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
@@ -187,10 +204,9 @@ def unmerge(merged: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
 def join(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     """One tree: beside every adapted ``kernel`` its ``kernel_adapter`` subtree.
 
-    For people who keep one tree, with `optim.freeze`; `split` takes it apart. The adapted call
-    joins for its own length, so that ``nn.scan`` and its kin slice factors with their kernel.
+    For people who keep one tree, with `optim.freeze`; `split` takes it apart.
     """
-    _kernels(params, adapter.sites)
+    check_kernels(params, adapter.sites)
     flat = flatten(params)
     for site in adapter.sites:
         path = site.target.path
@@ -208,10 +224,11 @@ def split(tree: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, Any], Ad
         "frozen": {site.target.path: {} for site in adapter.sites},
     }
     for path, leaf in flatten(tree).items():
-        owner, mark, rest = path.partition(f"{SUFFIX}/")
-        if mark and owner in parts["trainable"]:
-            group, name = rest.split("/")
-            parts[group][owner][name] = leaf
+        for group, own in parts.items():
+            owner, mark, name = path.rpartition(f"{SUFFIX}/{group}/")
+            if mark and owner in own:
+                own[owner][name] = leaf
+                break
         else:
             params[path] = leaf
     return unflatten(params), replace(adapter, **parts)
@@ -244,7 +261,14 @@ def _change(
 
 
 def _kernels(params: Mapping[str, Any], sites: Iterable[Site]) -> dict[str, jax.Array]:
-    """Each site's kernel as ``(*lead, in, out)``; everything that does not fit in one error."""
+    """Each site's kernel as ``(*lead, in, out)``."""
+    check_kernels(params, sites)
+    flat = flatten(params)
+    return {s.target.path: s.target.matrix(flat[s.target.path]) for s in sites}
+
+
+def check_kernels(params: Mapping[str, Any], sites: Iterable[Site]) -> None:
+    """Raise one `UserError` that lists every site that ``params`` do not have, or otherwise."""
     flat = flatten(params)
     wrong = []
     for target in (site.target for site in sites):
@@ -257,4 +281,3 @@ def _kernels(params: Mapping[str, Any], sites: Iterable[Site]) -> dict[str, jax.
             f"the adapter does not fit these parameters: {'; '.join(wrong)}. "
             "Use the model it was made for, or make a new adapter"
         )
-    return {s.target.path: s.target.matrix(flat[s.target.path]) for s in sites}

@@ -87,14 +87,25 @@ def writing(path: str | Path) -> Generator[None]:
     """Turn what the disk refuses into a `UserError` that says what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except UserError:
+        raise
+    except Exception as error:
+        # safetensors, written in Rust, and TensorStore, in C++, raise their own kinds.
+        number = error.errno if isinstance(error, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             raise UserError(
                 f"the disk is full: could not write {path}; what was there before is unchanged, "
                 "free some space and run the same command again"
             ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
+        if number in (
+            errno.ENOENT,
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOTDIR,
+            errno.EEXIST,
+        ):
+            raise UserError(f"cannot write {path}: {os.strerror(number)}") from None
         raise
 
 

@@ -6,17 +6,20 @@ factors beside the kernel for that call, so ``scan``, ``remat`` and ``vmap`` sli
 brought in with ``rules={MyLayer: my_rule}``.
 """
 
+import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.adapter import SUFFIX, Adapter, Site, join
+from lora_mini_jax.adapter import SUFFIX, Adapter, Site, check_kernels
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.tree import Target, flatten, listing, over_lead
+from lora_mini_jax.tree import Target, flatten, listing, over_lead, unflatten
 
 Array = jax.Array
 
@@ -66,7 +69,8 @@ def dense_general(module: Any, method: str, args: tuple) -> View | None:
     x = args[0]
     features, axis, batch = map(_tuple, (module.features, module.axis, module.batch_dims))
     n, m = len(batch), len(axis)
-    x = jnp.moveaxis(x, [a % x.ndim for a in axis], range(x.ndim - m, x.ndim))
+    axis = sorted(a % x.ndim for a in axis)  # as Flax does, whatever order they are given in
+    x = jnp.moveaxis(x, axis, range(x.ndim - m, x.ndim))
     x = x.reshape(*x.shape[: x.ndim - m], -1)
     return View(
         x,
@@ -115,7 +119,10 @@ def embed(module: nn.Module, method: str, args: tuple) -> View | None:
     return View(args[0], leaf="embedding", use=use, kind="embed") if use else None
 
 
-RULES: dict[type | str, Rule] = {
+Rules = Mapping[Any, Rule]
+"""Rules by layer: a class, or its full name as a string."""
+
+RULES: Rules = {
     nn.Dense: dense,
     nn.DenseGeneral: dense_general,
     nn.Einsum: einsum,
@@ -129,7 +136,7 @@ def targets(
     model: nn.Module,
     params: Mapping[str, Any],
     *inputs: Any,
-    rules: Mapping[type | str, Rule] | None = None,
+    rules: Rules | None = None,
     **kwargs: Any,
 ) -> tuple[Target, ...]:
     """Every kernel that this call of the model uses, and how each is a matrix.
@@ -144,7 +151,8 @@ def targets(
         rules: layers of your own, ``{MyDense: linen.dense}``, beside the built-in ones.
 
     Raises:
-        UserError: a kernel stacked by ``nn.scan`` or ``nn.vmap`` along another axis than 0.
+        UserError: a kernel stacked by ``nn.scan`` or ``nn.vmap`` along another axis than 0, or
+            parameters that are boxed with their partitioning.
 
     Example:
         >>> model, x = nn.Dense(4), jnp.ones((1, 8))
@@ -152,6 +160,11 @@ def targets(
         ['kernel']
     """
     flat, found = flatten(params), {}
+    if boxed := [path for path, leaf in flat.items() if not hasattr(leaf, "shape")]:
+        raise UserError(
+            f"{boxed[0]} is a {type(flat[boxed[0]]).__name__}, not an array: unbox the parameters "
+            "first, flax.linen.meta.unbox(params)"
+        )
 
     def record(module: nn.Module, path: str, view: View) -> None:
         shape = tuple(flat[path].shape)
@@ -173,11 +186,13 @@ def targets(
 
     all_rules = {**RULES, **(rules or {})}
     with nn.intercept_methods(interceptor):
-        jax.eval_shape(lambda p, *x: model.apply({"params": p}, *x, **kwargs), params, *inputs)
+        jax.eval_shape(
+            lambda p, *x: model.apply({"params": _marked(p, {})}, *x, **kwargs), params, *inputs
+        )
     return tuple(found[path] for path in flat if path in found)
 
 
-def adapt(model: nn.Module, rules: Mapping[type | str, Rule] | None = None) -> Callable[..., Any]:
+def adapt(model: nn.Module, rules: Rules | None = None) -> Callable[..., Any]:
     """The model's ``apply`` with an adapter: ``apply(params, adapter, *inputs, **kwargs)``.
 
     Computes ``x @ W + delta(x)`` in each adapted layer: thin products, never a dense update. Pure:
@@ -213,20 +228,25 @@ def adapt(model: nn.Module, rules: Mapping[type | str, Rule] | None = None) -> C
         **kwargs: Any,
     ) -> Any:
         sites = {site.target.path: site for site in adapter.sites}
-        used: set[str] = set()
+        used: Counter[str] = Counter()
 
         def interceptor(next_call: Callable, args: tuple, kw: dict, context: Any) -> Any:
-            y = next_call(*args, **kw)
             call = _view(context, args, kw, all_rules)
             if call is None or call[0] not in sites:
-                return y
+                return next_call(*args, **kw)
             path, view = call
-            used.add(path)
+            before = used[path]
+            y = next_call(*args, **kw)
+            if used[path] > before:
+                return y  # a subclass that called its parent: the parent's call was adapted
+            used[path] += 1
             return y + _delta(context.module, sites[path], view, y.dtype)
 
+        check_kernels(params, adapter.sites)
+        factors = {site.target.path: adapter.factors(site.target.path) for site in adapter.sites}
         with nn.intercept_methods(interceptor):
-            joined = {**(variables or {}), "params": join(params, adapter)}
-            out = model.apply(joined, *inputs, **kwargs)
+            marked = {**(variables or {}), "params": _marked(params, factors)}
+            out = model.apply(marked, *inputs, **kwargs)
         if len(used) < len(sites):
             unused = [site.target for path, site in sites.items() if path not in used]
             raise UserError(
@@ -238,29 +258,52 @@ def adapt(model: nn.Module, rules: Mapping[type | str, Rule] | None = None) -> C
     return apply
 
 
-def _view(
-    context: Any, args: tuple, kw: dict, rules: Mapping[type | str, Rule]
-) -> tuple[str, View] | None:
+@partial(jax.tree_util.register_dataclass, data_fields=("factors",), meta_fields=("path", "call"))
+@dataclass(frozen=True)
+class _Beside:
+    """What stands beside a parameter for the length of a call: its factors, perhaps none.
+
+    ``path`` and ``call`` are part of the tree's structure, and so of the key under which ``nn.jit``
+    keeps a traced layer. Without them a layer traced in another call, or at another place in the
+    model, would be taken from there, un-adapted or with another place's adapter.
+    """
+
+    factors: dict[str, Array]
+    path: str
+    call: object
+
+
+def _marked(params: Mapping[str, Any], factors: Mapping[str, dict[str, Array]]) -> dict[str, Any]:
+    """The parameters with a `_Beside` next to each."""
+    flat, call = flatten(params), object()
+    beside = {path + SUFFIX: _Beside(factors.get(path, {}), path, call) for path in flat}
+    return unflatten({**flat, **beside})
+
+
+def _view(context: Any, args: tuple, kw: dict, rules: Rules) -> tuple[str, View] | None:
     """The path of the kernel this call uses, and its view; None for a call of no known layer."""
     module = context.module
     rule = next((r for r in (_lookup(rules, c) for c in type(module).__mro__) if r), None)
     if rule is None or module.scope is None:
         return None
-    args = args or tuple(kw.values())
-    view = rule(module, context.method_name, args)
+    method = getattr(type(module), context.method_name, None)
+    if method is None:
+        return None  # the outer shell of a lifted layer, nn.vmap(nn.Dense); the layer is inside
+    bound = inspect.signature(method).bind(module, *args, **kw)
+    bound.apply_defaults()
+    view = rule(module, context.method_name, bound.args[1:])
     if view is None or not module.has_variable("params", view.leaf):
         return None
     return "/".join((*module.path, view.leaf)), view
 
 
-def _lookup(rules: Mapping[type | str, Rule], cls: type) -> Rule | None:
+def _lookup(rules: Rules, cls: type) -> Rule | None:
     return rules.get(cls) or rules.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
 def _delta(module: nn.Module, site: Site, view: View, dtype: Any) -> Array:
     """The adapter's contribution to one call, in the shape and dtype of the layer's output."""
-    groups = module.get_variable("params", view.leaf + SUFFIX)
-    factors = {**groups.get("frozen", {}), **groups.get("trainable", {})}
+    factors = module.get_variable("params", view.leaf + SUFFIX).factors
     inner = replace(site.target, shape=site.target.shape[site.target.stack :], stack=0)
     kernel = inner.matrix(module.get_variable("params", view.leaf))
     if view.use == "rows":

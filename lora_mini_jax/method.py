@@ -6,10 +6,11 @@ axes and transposed kernels are dealt with once, in `adapter.py` and `linen.py`,
 page of formulas.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,27 @@ class Method(ABC):
         """JSON-ready: the fields, with the method's name under ``"method"``."""
         return {"method": self.name, **asdict(self)}
 
+    def with_settings(self, settings: Mapping[str, Any]) -> Self:
+        """The same method with other hyper-parameters, by name.
+
+        Raises:
+            UserError: a setting that the method does not have, or a value it does not allow.
+        """
+        unknown = sorted(set(settings) - set(self.field_names()))
+        if unknown:
+            raise UserError(
+                f"{self.name} has no option {', '.join(unknown)}: choose from "
+                f"{', '.join(self.field_names())}"
+            )
+        # JSON writes 16.0 as 16; the two must be one method, and one compiled program.
+        values = {
+            name: float(value)
+            if type(value) is int and type(getattr(self, name)) is float
+            else value
+            for name, value in settings.items()
+        }
+        return replace(self, **values)
+
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
         """The hyper-parameters this method has."""
@@ -89,8 +111,9 @@ class LowRank(Method):
 
     def __post_init__(self) -> None:
         require_whole("rank", self.rank)
-        if not (isinstance(self.alpha, int | float) and self.alpha > 0):
-            raise UserError(f"alpha is {self.alpha!r}: give a number above 0")
+        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        if not (number and 0 < self.alpha < math.inf):
+            raise UserError(f"alpha is {self.alpha!r}: give a finite number above 0")
 
     @property
     def scale(self) -> float:

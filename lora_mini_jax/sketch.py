@@ -30,8 +30,11 @@ def sketch(array: Any, n: int = 2) -> list[float]:
     return [float(f"{value:.5g}") for value in values]
 
 
-def same(a: list[float], b: list[float], tolerance: float = 3e-3) -> bool:
-    """Whether two sketches are of the same array up to rounding (to bfloat16 at the coarsest)."""
+def same(a: list[float], b: list[float], tolerance: float = 1e-2) -> bool:
+    """Whether two sketches are of the same array up to rounding, to bfloat16 at the coarsest.
+
+    Measured: rounding to bfloat16 moves a sketch by up to 0.5 %, another draw by 5 % and more.
+    """
     if len(a) != len(b):
         return False
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)

@@ -17,7 +17,7 @@ import numpy as np
 from lora_mini_jax.adapter import Adapter, Site, check, draw
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import new_folder, read_json, write_text, writing
-from lora_mini_jax.method import Factors
+from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.methods import from_dict
 from lora_mini_jax.sketch import same, sketch
 from lora_mini_jax.tree import Target, flatten
@@ -88,12 +88,15 @@ def load(
         raise UserError(f"no adapter folder {folder}")
     record = read_json(folder / "adapter.json")
     sites, key = _sites(record, folder)
-    check(sites)
-    drawn = draw(params, sites, key)  # checks every shape
+    try:
+        check(sites)
+        drawn = draw(params, sites, key)  # checks every shape
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
     if not allow_different_base:
         _check_base(record["base_fingerprint"], params, folder, record["base"])
-    adapter = _fill(drawn, _read_tensors(folder), folder)
     digests = {site["path"]: site.get("digest", {}) for site in record["sites"]}
+    adapter = _fill(drawn, _read_tensors(folder), digests, folder)
     _check_digest(digests, adapter, folder, allow_different_base)
     return adapter
 
@@ -142,17 +145,31 @@ def _sites(record: Any, folder: Path) -> tuple[tuple[Site, ...], jax.Array]:
         raise UserError(f"{folder}/adapter.json lacks {', '.join(missing)}: save the adapter again")
     try:
         methods = [from_dict(method) for method in record["methods"]]
-        sites = []
-        for site in record["sites"]:
-            values: dict[str, Any] = {
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in site.items()
-                if name not in ("method", "digest")
-            }
-            sites.append(Site(Target(**values), methods[site["method"]]))
-        return tuple(sites), jnp.asarray(record["key"], jnp.uint32)
+        sites = tuple(_site(site, methods) for site in record["sites"])
+        key = np.asarray(record["key"], np.uint32)
+        marks = [[float(number) for number in mark] for mark in record["base_fingerprint"]]
+        if key.shape != (2,) or not all(marks):
+            raise ValueError("key or base_fingerprint is of the wrong shape")
+        return sites, jnp.asarray(key)
     except (TypeError, KeyError, IndexError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{folder}/adapter.json is damaged: {error}") from None
+
+
+def _site(record: dict[str, Any], methods: list[Method]) -> Site:
+    """One site of ``adapter.json``; ValueError for what is no target."""
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in record.items()
+        if name not in ("method", "digest")
+    }
+    target = Target(**values)
+    axes = sorted((*target.batch, *target.ins, *target.outs))
+    whole = [*target.shape, target.stack, *axes]
+    if not isinstance(target.path, str) or not all(type(number) is int for number in whole):
+        raise ValueError(f"a site with path {target.path!r} and sizes {whole}")
+    if not (target.ins and target.outs) or axes != list(range(len(target.shape) - target.stack)):
+        raise ValueError(f"the axes of {target.path} do not fit its shape {target.shape}")
+    return Site(target, methods[record["method"]])
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -168,8 +185,10 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is damaged ({error}): copy or save the adapter again") from None
 
 
-def _fill(drawn: Adapter, tensors: dict[str, np.ndarray], folder: Path) -> Adapter:
-    """The drawn adapter with the leaves of the file in their places; every misfit in one error."""
+def _fill(drawn: Adapter, tensors: dict[str, np.ndarray], digests: dict, folder: Path) -> Adapter:
+    """The drawn adapter with the leaves of the file in their places; every misfit in one error.
+
+    A frozen leaf without a digest must be in the file: nothing would vouch for a drawn one."""
     groups = {"trainable": flatten(drawn.trainable), "frozen": flatten(drawn.frozen)}
     wrong, filled = [], set()
     for name, tensor in tensors.items():
@@ -181,8 +200,9 @@ def _fill(drawn: Adapter, tensors: dict[str, np.ndarray], folder: Path) -> Adapt
         else:
             groups[group][path] = jnp.asarray(tensor)
             filled.add(name)
-    wrong += [f"trainable/{p} is missing" for p in groups["trainable"]
-              if f"trainable/{p}" not in filled]  # fmt: skip
+    vouched = {f"frozen/{path}" for path in flatten(digests)}
+    expected = {f"{group}/{path}" for group, flat in groups.items() for path in flat}
+    wrong += [f"{name} is missing" for name in sorted(expected - filled - vouched)]
     if wrong:
         raise UserError(f"{folder}/adapter.safetensors does not fit: {'; '.join(wrong)}")
     leaves = {

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.adapter import Adapter, as_key
 
 
 @partial(
@@ -37,12 +37,11 @@ class TrainState:
     def create(
         cls, adapter: Adapter, tx: optax.GradientTransformation, key: jax.Array | int = 0
     ) -> "TrainState":
-        """A state at step 0. The adapter's leaves are copied: the step donates its buffers, and
-        the adapter you hold stays yours."""
-        key = jax.random.key(key) if isinstance(key, int) else key
+        """A state at step 0. Adapter and key are copied: the step donates the state's buffers, and
+        those you hold stay yours."""
+        key = jnp.copy(jax.random.key_data(as_key(key)))
         copied = jax.tree.map(jnp.copy, adapter)
-        step = jnp.zeros((), jnp.int32)
-        return cls(step, copied, tx.init(copied.trainable), jax.random.key_data(key))
+        return cls(jnp.zeros((), jnp.int32), copied, tx.init(copied.trainable), key)
 
 
 class Metrics(NamedTuple):
@@ -59,8 +58,8 @@ LossFn = Callable[..., Any]
 
 def make_train_step(
     loss_fn: LossFn, tx: optax.GradientTransformation, *, has_aux: bool = False
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
-    """Compile one update: ``step(state, params, batch) -> (state, metrics)``.
+) -> jax.stages.Wrapped:
+    """A jitted update: ``step(state, params, batch) -> (state, metrics)``, traced once.
 
     The frozen ``params`` are an argument, not a constant of the program, and no gradient is taken
     in them, so no dense weight gradient is ever formed. ``state`` is donated: use the one returned.
@@ -86,7 +85,7 @@ def make_train_step(
 
     def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, Metrics]:
         adapter = state.adapter
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        key = jax.random.fold_in(as_key(state.key), state.step)
 
         def loss_of(trainable: Any) -> tuple[jax.Array, Any]:
             out = loss_fn(params, adapter.with_trainable(trainable), batch, key)

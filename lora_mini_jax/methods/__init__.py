@@ -1,7 +1,6 @@
 """The methods by name. A new one is its own file and one line here."""
 
-from dataclasses import fields
-from typing import Any, get_type_hints
+from typing import Any
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Method
@@ -34,16 +33,5 @@ def from_dict(record: dict[str, Any]) -> Method:
         >>> from_dict({"method": "lora", "rank": 4})
         LoRA(rank=4, alpha=16.0)
     """
-    values = dict(record)
-    cls = method_class(values.pop("method", ""))
-    unknown = sorted(set(values) - set(cls.field_names()))
-    if unknown:
-        raise UserError(
-            f"{cls.name} has no option {', '.join(unknown)}: choose from "
-            f"{', '.join(cls.field_names())}"
-        )
-    hints = get_type_hints(cls)
-    for field in fields(cls):
-        if hints[field.name] is float and isinstance(values.get(field.name), int):
-            values[field.name] = float(values[field.name])
-    return cls(**values)
+    settings = dict(record)
+    return method_class(settings.pop("method", ""))().with_settings(settings)
