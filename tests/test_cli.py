@@ -160,7 +160,7 @@ def bad_data(place, name):
         ("empty.jsonl", "empty"),
         ("broken.jsonl", "broken.jsonl, line 2"),
         ("latin.jsonl", "latin.jsonl, line 2"),
-        ("fields.jsonl", "answer"),
+        ("fields.jsonl", "line 2: no field 'a' (its fields: q, answer)"),
         ("model.pkl", "jsonl"),
     ],
 )

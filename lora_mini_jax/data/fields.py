@@ -1,6 +1,6 @@
 """Which fields of a record hold what, and taking them out, checked, with errors by record.
 
-``source`` is what an error calls the records (their file); records are counted from 1.
+``source`` is what an error calls the records (their file); it names the line, or counts from 1.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_mini_jax.data.chat import Message
-from lora_mini_jax.data.files import Record
+from lora_mini_jax.data.files import Record, place
 from lora_mini_jax.errors import UserError
 
 
@@ -74,8 +74,9 @@ def strings(records: Sequence[Record], field: str, source: str) -> list[str]:
     values = [_value(record, field, number, source) for number, record in enumerate(records, 1)]
     for number, value in enumerate(values, 1):
         if not _is_text(value):
+            where = f"{source}, {place(records[number - 1], number)}"
             raise UserError(
-                f"{source}, record {number}: field {field!r} holds {value!r:.60}, which is no "
+                f"{where}: field {field!r} holds {value!r:.60}, which is no "
                 "text: write a string of valid Unicode, or leave the record out"
             )
     return values
@@ -94,7 +95,8 @@ def conversations(records: Sequence[Record], field: str, source: str) -> list[li
     """
     values = [_value(record, field, number, source) for number, record in enumerate(records, 1)]
     for number, messages in enumerate(values, 1):
-        _check_messages(messages, f"{source}, record {number}, field {field!r}")
+        where = f"{source}, {place(records[number - 1], number)}"
+        _check_messages(messages, f"{where}, field {field!r}")
     return values
 
 
@@ -114,8 +116,8 @@ def _value(record: Record, field: str, number: int, source: str) -> Any:
     if field not in record:
         there = ", ".join(map(str, record)) or "none"
         raise UserError(
-            f"{source}, record {number}: no field {field!r} (its fields: {there}): name the fields "
-            "to use as text_field, prompt_field and completion_field, or messages_field"
+            f"{source}, {place(record, number)}: no field {field!r} (its fields: {there}): "
+            "name those to use as text_field, prompt_field and completion_field, or messages_field"
         )
     return record[field]
 

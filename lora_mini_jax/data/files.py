@@ -30,6 +30,19 @@ def one_line(error: BaseException, longest: int = 300) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
+class At(dict[str, Any]):
+    """A record that knows the line of its file on which it begins, so that an error can say it."""
+
+    def __init__(self, values: Any, line: int) -> None:
+        super().__init__(values)
+        self.line = line
+
+
+def place(record: Record, number: int) -> str:
+    """Where a record is: its line where its file has lines, else its number from 1."""
+    return f"line {record.line}" if isinstance(record, At) else f"record {number}"
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a UTF-8 file with their numbers from 1, decoded singly so an error has one."""
     with path.open("rb") as file:
@@ -63,7 +76,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
                 f"{path}, line {number}: {_kind(record)}, not an object: "
                 'write one JSON object a line, like {"text": "..."}'
             )
-        yield record
+        yield At(record, number)
 
 
 def _json(path: Path) -> Iterator[Record]:
@@ -108,7 +121,7 @@ def _table(path: Path, delimiter: str, quoting: Any) -> Iterator[Record]:
                         f"{path}, line {start}: fields: {len(row)}, but the header has "
                         f"{len(header)} ({', '.join(header)}): give every row as many as the header"
                     )
-                yield dict(zip(header, row, strict=True))
+                yield At(zip(header, row, strict=True), start)
             start = rows.line_num + 1
     except csv.Error as error:
         raise UserError(
