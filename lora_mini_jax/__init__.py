@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_mini_jax import linen, models
-    from lora_mini_jax.adapter import Adapter, count, init, join, merge, split, unmerge
+    from lora_mini_jax.adapter import Adapter, count, init
     from lora_mini_jax.decode import generate
     from lora_mini_jax.errors import UserError
     from lora_mini_jax.method import Method
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora_mini_jax.optim import freeze, trainable_mask
     from lora_mini_jax.storage import load, save
     from lora_mini_jax.train import TrainState, make_train_step
+    from lora_mini_jax.transform import join, merge, split, unmerge
     from lora_mini_jax.tree import Target, select
 
 __version__ = "0.1.0"
@@ -28,7 +29,7 @@ __version__ = "0.1.0"
 # Where each public name lives. They are imported at their first use, so that the command line can
 # print its help without waiting for JAX.
 _HOMES = {
-    "adapter": ("Adapter", "count", "init", "join", "merge", "split", "unmerge"),
+    "adapter": ("Adapter", "count", "init"),
     "errors": ("UserError",),
     "decode": ("generate",),
     "method": ("Method",),
@@ -36,6 +37,7 @@ _HOMES = {
     "optim": ("freeze", "trainable_mask"),
     "storage": ("load", "save"),
     "train": ("TrainState", "make_train_step"),
+    "transform": ("join", "merge", "split", "unmerge"),
     "tree": ("Target", "select"),
 }
 _MODULES = ("linen", "models")

@@ -6,7 +6,7 @@ never changed and never an argument of ``grad``.
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,12 +16,9 @@ import jax.numpy as jnp
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors, Method
-from lora_mini_jax.tree import Target, flatten, listing, matches, over_lead, unflatten
+from lora_mini_jax.tree import Target, listing, matches, matrices, over_lead
 
 GENERATOR = "threefry2x32"
-
-SUFFIX = "_adapter"
-"""Beside ``kernel``, a joined tree holds ``kernel_adapter: {"trainable": ..., "frozen": ...}``."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ def init(
 def draw(params: Mapping[str, Any], sites: tuple[Site, ...], key: jax.Array | int) -> Adapter:
     """`init` for sites already planned; pure, so it works under ``jit`` and ``eval_shape``."""
     key = as_key(key)
-    kernels = _kernels(params, sites)
+    kernels = matrices(params, [site.target for site in sites])
     trainable, frozen = {}, {}
     for site in sites:
         path = site.target.path
@@ -184,56 +181,6 @@ def as_key(key: jax.Array | int) -> jax.Array:
     return key
 
 
-def merge(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
-    """Parameters of the plain model that computes the same: the adapter folded into the kernels.
-
-    Computed in float32 whatever the kernels' dtype, then cast back to it: a bfloat16 kernel can
-    lose a small update, so keep float32 parameters, or merge at the very end.
-
-    Raises:
-        UserError: an adapted kernel that ``params`` does not have, or in another shape.
-    """
-    return _change(params, adapter, lambda method: method.merge)
-
-
-def unmerge(merged: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
-    """The inverse of `merge` with the same adapter: takes the update out again (in float32)."""
-    return _change(merged, adapter, lambda method: method.unmerge)
-
-
-def join(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
-    """One tree: beside every adapted ``kernel`` its ``kernel_adapter`` subtree.
-
-    For people who keep one tree, with `optim.freeze`; `split` takes it apart.
-    """
-    check_kernels(params, adapter.sites)
-    flat = flatten(params)
-    for site in adapter.sites:
-        path = site.target.path
-        for group, leaves in (("trainable", adapter.trainable), ("frozen", adapter.frozen)):
-            for name, leaf in leaves.get(path, {}).items():
-                flat[f"{path}{SUFFIX}/{group}/{name}"] = leaf
-    return unflatten(flat)
-
-
-def split(tree: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, Any], Adapter]:
-    """The inverse of `join`: ``(params, adapter)``; ``adapter`` gives sites and key."""
-    params: dict[str, Any] = {}
-    parts: dict[str, dict[str, Factors]] = {
-        "trainable": {site.target.path: {} for site in adapter.sites},
-        "frozen": {site.target.path: {} for site in adapter.sites},
-    }
-    for path, leaf in flatten(tree).items():
-        for group, own in parts.items():
-            owner, mark, name = path.rpartition(f"{SUFFIX}/{group}/")
-            if mark and owner in own:
-                own[owner][name] = leaf
-                break
-        else:
-            params[path] = leaf
-    return unflatten(params), replace(adapter, **parts)
-
-
 def count(adapter: Adapter) -> int:
     """How many parameters are trained."""
     return sum(leaf.size for leaf in jax.tree.leaves(adapter.trainable))
@@ -246,38 +193,3 @@ def _draw_one(method: Method, key: jax.Array, kernels: jax.Array) -> tuple[Facto
     lead = kernels.shape[:-2]
     keys = jax.random.split(key, lead) if lead else key
     return over_lead(method.init, len(lead))(keys, kernels)
-
-
-def _change(
-    params: Mapping[str, Any], adapter: Adapter, choose: Callable[[Method], Callable]
-) -> dict[str, Any]:
-    kernels, flat = _kernels(params, adapter.sites), flatten(params)
-    for site in adapter.sites:
-        target, path = site.target, site.target.path
-        change = over_lead(choose(site.method), len(target.lead))
-        changed = change(kernels[path], adapter.factors(path))
-        flat[path] = target.unmatrix(changed).astype(flat[path].dtype)
-    return unflatten(flat)
-
-
-def _kernels(params: Mapping[str, Any], sites: Iterable[Site]) -> dict[str, jax.Array]:
-    """Each site's kernel as ``(*lead, in, out)``."""
-    check_kernels(params, sites)
-    flat = flatten(params)
-    return {s.target.path: s.target.matrix(flat[s.target.path]) for s in sites}
-
-
-def check_kernels(params: Mapping[str, Any], sites: Iterable[Site]) -> None:
-    """Raise one `UserError` that lists every site that ``params`` do not have, or otherwise."""
-    flat = flatten(params)
-    wrong = []
-    for target in (site.target for site in sites):
-        if target.path not in flat:
-            wrong.append(f"{target.path} is missing")
-        elif tuple(flat[target.path].shape) != target.shape:
-            wrong.append(f"{target.path} is {tuple(flat[target.path].shape)}, not {target.shape}")
-    if wrong:
-        raise UserError(
-            f"the adapter does not fit these parameters: {'; '.join(wrong)}. "
-            "Use the model it was made for, or make a new adapter"
-        )

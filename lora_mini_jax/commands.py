@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from lora_mini_jax import storage
-from lora_mini_jax.adapter import Adapter, merge
+from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.data import load_tokenizer
 from lora_mini_jax.decode import generate
 from lora_mini_jax.finetune import Log
@@ -11,6 +11,7 @@ from lora_mini_jax.models import load
 from lora_mini_jax.models import save as save_model
 from lora_mini_jax.models.hub import resolve
 from lora_mini_jax.options import Generate, Merge
+from lora_mini_jax.transform import merge
 
 
 def run_generate(options: Generate, say: Log = print) -> list[str]:

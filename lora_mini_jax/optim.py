@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import optax
 
-from lora_mini_jax.adapter import SUFFIX
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.transform import SUFFIX
 
 
 def trainable_mask(tree: Any) -> Any:

@@ -170,6 +170,30 @@ def listing(targets: Iterable[Target], most: int = 40) -> str:
     return f"the kernels are: {', '.join(paths[:most]) or 'none'}{more}"
 
 
+def matrices(params: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, jax.Array]:
+    """Each target's kernel as ``(*lead, in, out)``; errors as `check_fit`."""
+    targets = tuple(targets)
+    check_fit(params, targets)
+    flat = flatten(params)
+    return {target.path: target.matrix(flat[target.path]) for target in targets}
+
+
+def check_fit(params: Mapping[str, Any], targets: Iterable[Target]) -> None:
+    """Raise one `UserError` listing every target that is not in ``params``, or in another shape."""
+    flat = flatten(params)
+    wrong = []
+    for target in targets:
+        if target.path not in flat:
+            wrong.append(f"{target.path} is missing")
+        elif tuple(flat[target.path].shape) != target.shape:
+            wrong.append(f"{target.path} is {tuple(flat[target.path].shape)}, not {target.shape}")
+    if wrong:
+        raise UserError(
+            f"the adapter does not fit these parameters: {'; '.join(wrong)}. "
+            "Use the model it was made for, or make a new adapter"
+        )
+
+
 def over_lead(function: Any, lead: int) -> Any:
     """``function`` of one matrix, vectorised over ``lead`` leading axes of its arguments."""
     for _ in range(lead):

@@ -140,7 +140,7 @@ def test_nucleus_of_one_is_greedy_text(small):
 
 
 def test_an_adapted_model_writes_what_the_merged_one_does(small):
-    from lora_mini_jax.adapter import init, merge
+    from lora_mini_jax import init, merge
     from lora_mini_jax.linen import targets
     from lora_mini_jax.methods.lora import LoRA
 

@@ -1,0 +1,74 @@
+"""Parameters and adapter as one: merged into plain kernels, or joined in one tree; and back."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.method import Factors, Method
+from lora_mini_jax.tree import check_fit, flatten, matrices, over_lead, unflatten
+
+SUFFIX = "_adapter"
+"""Beside ``kernel``, a joined tree holds ``kernel_adapter: {"trainable": ..., "frozen": ...}``."""
+
+
+def merge(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """Parameters of the plain model that computes the same: the adapter folded into the kernels.
+
+    Computed in float32 whatever the kernels' dtype, then cast back to it: a bfloat16 kernel can
+    lose a small update, so keep float32 parameters, or merge at the very end.
+
+    Raises:
+        UserError: an adapted kernel that ``params`` does not have, or in another shape.
+    """
+    return _change(params, adapter, lambda method: method.merge)
+
+
+def unmerge(merged: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """The inverse of `merge` with the same adapter: takes the update out again (in float32)."""
+    return _change(merged, adapter, lambda method: method.unmerge)
+
+
+def join(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """One tree: beside every adapted ``kernel`` its ``kernel_adapter`` subtree.
+
+    For people who keep one tree, with `optim.freeze`; `split` takes it apart.
+    """
+    check_fit(params, [site.target for site in adapter.sites])
+    flat = flatten(params)
+    for site in adapter.sites:
+        path = site.target.path
+        for group, leaves in (("trainable", adapter.trainable), ("frozen", adapter.frozen)):
+            for name, leaf in leaves.get(path, {}).items():
+                flat[f"{path}{SUFFIX}/{group}/{name}"] = leaf
+    return unflatten(flat)
+
+
+def split(tree: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, Any], Adapter]:
+    """The inverse of `join`: ``(params, adapter)``; ``adapter`` gives sites and key."""
+    params: dict[str, Any] = {}
+    parts: dict[str, dict[str, Factors]] = {
+        "trainable": {site.target.path: {} for site in adapter.sites},
+        "frozen": {site.target.path: {} for site in adapter.sites},
+    }
+    for path, leaf in flatten(tree).items():
+        for group, own in parts.items():
+            owner, mark, name = path.rpartition(f"{SUFFIX}/{group}/")
+            if mark and owner in own:
+                own[owner][name] = leaf
+                break
+        else:
+            params[path] = leaf
+    return unflatten(params), replace(adapter, **parts)
+
+
+def _change(
+    params: Mapping[str, Any], adapter: Adapter, choose: Callable[[Method], Callable]
+) -> dict[str, Any]:
+    kernels, flat = matrices(params, [s.target for s in adapter.sites]), flatten(params)
+    for site in adapter.sites:
+        target, path = site.target, site.target.path
+        change = over_lead(choose(site.method), len(target.lead))
+        changed = change(kernels[path], adapter.factors(path))
+        flat[path] = target.unmatrix(changed).astype(flat[path].dtype)
+    return unflatten(flat)
