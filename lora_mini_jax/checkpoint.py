@@ -37,7 +37,11 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = Path(folder).resolve()
         self._args = ocp.args
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        # Not in the background: a few kilobytes are written at once, and an error is raised here,
+        # where it can be said in a line, and not in a thread that prints its traceback.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=False
+        )
         with writing(self.folder):
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -53,13 +57,12 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:
-        """Write the state in the background; waits for an earlier save that is still going on.
+        """Write the state; it is there, complete, when this returns.
 
         Raises:
             UserError: a disk that is full or cannot be written; earlier checkpoints stay.
         """
         with writing(self.folder):
-            self._manager.wait_until_finished()
             tree = self._args.StandardSave(_saved(state))
             self._manager.save(int(state.step), args=tree, force=True)
 

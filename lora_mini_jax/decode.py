@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.models.llama import Llama, LlamaConfig, init_cache
+from lora_mini_jax.models.llama import Llama, init_cache
+from lora_mini_jax.models.llama_config import LlamaConfig
 
 _BUCKET = 32  # prompts are padded to a multiple, so that a few programs serve every length
 

@@ -82,6 +82,14 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
+def read_object(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; errors as `read_json`."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {type(value).__name__}, not a JSON object: fetch it again")
+    return value
+
+
 @contextmanager
 def writing(path: str | Path) -> Generator[None]:
     """Turn what the disk refuses into a `UserError` that says what to do."""

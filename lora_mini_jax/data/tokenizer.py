@@ -4,7 +4,6 @@
 a folder without one (an older ``vocab.txt``, say) goes through ``transformers.AutoTokenizer``.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lora_mini_jax.data.chat import Message, assistant_spans, render_chat
 from lora_mini_jax.data.files import one_line
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.files import read_object
 
 if TYPE_CHECKING:
     import tokenizers
@@ -137,8 +137,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise UserError(
             f"cannot read {path / 'tokenizer.json'} ({one_line(error)}): download it again"
         ) from error
-    config = _read_json(path / "tokenizer_config.json")
-    named = {**_read_json(path / "special_tokens_map.json"), **config}
+    config = _optional(path / "tokenizer_config.json")
+    named = {**_optional(path / "special_tokens_map.json"), **config}
     special = _special_tokens(path, backend, named)
     for name, token in special.items():
         if name in ("bos_token", "eos_token") and backend.token_to_id(token) is None:
@@ -158,7 +158,7 @@ def _special_tokens(
         for name, token in named.items()
         if name.endswith("_token") and isinstance(token, dict | str)
     }
-    model = _read_json(path / "config.json")
+    model = _optional(path / "config.json")
     for name in ("bos_token", "eos_token"):
         if name not in named and isinstance(model_id := model.get(f"{name}_id"), int):
             special[name] = backend.id_to_token(model_id) or f"id {model_id}"
@@ -198,14 +198,8 @@ def _from_transformers(path: Path) -> Tokenizer:
     return _wrapped(backend, bos, eos, template, special)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"cannot read {path} ({one_line(error)}): download it again") from error
-    return content if isinstance(content, dict) else {}
+def _optional(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.is_file() else {}
 
 
 def _chat_template(path: Path, config: dict[str, Any]) -> str | None:

@@ -20,7 +20,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.models.llama import Llama, LlamaConfig
+from lora_mini_jax.files import new_folder, read_object, writing
+from lora_mini_jax.models.llama import Llama
+from lora_mini_jax.models.llama_config import LlamaConfig
+from lora_mini_jax.models.shards import open_tensors
 
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -94,8 +97,10 @@ def resolve(path_or_id: str | os.PathLike[str], revision: str | None = None) -> 
 
 def load_config(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> LlamaConfig:
     """Read ``config.json`` of a folder or hub model; errors as in :func:`load`."""
-    config = _read_json(resolve(path_or_id, revision) / "config.json")
-    return LlamaConfig.from_hf(config)
+    file = resolve(path_or_id, revision) / "config.json"
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: give a Hugging Face model folder")
+    return LlamaConfig.from_hf(read_object(file))
 
 
 def load(
@@ -130,7 +135,7 @@ def load(
     for path, leaf in shapes.items():
         expected |= _slots(path, leaf.shape, layers)
     with ExitStack() as stack:
-        where = _open_tensors(folder, stack)
+        where = open_tensors(folder, stack)
         _check(folder, where, expected, model.config.tie_word_embeddings)
         flat = {}
         for path, leaf in shapes.items():
@@ -172,20 +177,14 @@ def save(
     source = None if tokenizer_from is None else resolve(tokenizer_from)
     tensors = dict(_hf_tensors(model, params, dtype))
     kept = tensors["model.norm.weight"].dtype.name
-    partial = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(path) as folder:
         config = model.config.to_hf() | {"dtype": kept}
-        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        with writing(path):
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         for name in COMPANIONS:
             if source is not None and (source / name).is_file():
-                shutil.copyfile(source / name, partial / name)
-        if path.exists():
-            path.rmdir()
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                shutil.copyfile(source / name, folder / name)
 
 
 def _hf_tensors(model: Llama, params: dict, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
@@ -202,54 +201,6 @@ def _hf_tensors(model: Llama, params: dict, dtype: Any) -> Iterator[tuple[str, n
         value = np.asarray(leaf if dtype is None else leaf.astype(dtype))
         for name, one in zip(names, value if path[0] == "layers" else [value], strict=True):
             yield name, np.ascontiguousarray(_to_hf(path, one))
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give a Hugging Face model folder") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable JSON ({error}): fetch it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object: fetch it again")
-    return value
-
-
-def _shards(folder: Path) -> list[Path]:
-    """The safetensors files of a folder."""
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        pickled = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
-        only = f"only {', '.join(pickled)}, which is pickle and never read" if pickled else "none"
-        raise UserError(f"{folder} should hold model.safetensors or its index but has {only}: "
-                        "convert the weights with transformers' save_pretrained")  # fmt: skip
-    names = _read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
-        raise UserError(f"{index} has no weight_map of tensor to file: fetch it again")
-    files = sorted(set(names.values()))
-    # A shard is a plain name: an index must not make us open files elsewhere on the disk.
-    if outside := [n for n in files if n in ("", ".", "..") or re.search(r"[/\\\0]", n)]:
-        raise UserError(f"{index} names files outside the folder: {outside!r}; do not use it")
-    if missing := [n for n in files if not (folder / n).is_file()]:
-        raise UserError(f"{folder} lacks the shards {', '.join(missing)}: fetch them again")
-    return [folder / n for n in files]
-
-
-def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Tensor name to the open file that holds it."""
-    from safetensors import SafetensorError, safe_open
-
-    where = {}
-    for shard in _shards(folder):
-        try:
-            handle = stack.enter_context(safe_open(shard, framework="numpy"))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{shard} is damaged ({error}): fetch it again") from error
-        where |= dict.fromkeys(handle.keys(), handle)
-    return where
 
 
 def _check(folder: Path, where: dict, expected: dict[str, tuple[int, ...]], tied: bool) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.files import read_json
+from lora_mini_jax.files import read_object
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -18,9 +18,7 @@ def from_file(cls: "type[DataclassInstance]", path: str) -> Any:
     Raises:
         UserError: no such file, not JSON, not an object, or a key the command does not have.
     """
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object of options")
+    values = read_object(path)
     known = {f.name for f in fields(cls)}
     if unknown := sorted(set(values) - known):
         raise UserError(
