@@ -70,7 +70,7 @@ def targets(
             parameters that are boxed with their partitioning.
 
     Example:
-        >>> model, x = nn.Dense(4), jnp.ones((1, 8))
+        >>> model, x = nn.Dense(4), jax.numpy.ones((1, 8))
         >>> [t.path for t in targets(model, model.init(jax.random.key(0), x)["params"], x)]
         ['kernel']
     """
@@ -127,7 +127,7 @@ def adapt(model: nn.Module, rules: Rules | None = None) -> Callable[..., Any]:
 
     Example:
         >>> from lora_mini_jax import LoRA, init
-        >>> model, x = nn.Dense(4), jnp.ones((1, 8))
+        >>> model, x = nn.Dense(4), jax.numpy.ones((1, 8))
         >>> params = model.init(jax.random.key(0), x)["params"]
         >>> adapter = init(params, LoRA(rank=2), targets(model, params, x))
         >>> adapt(model)(params, adapter, x).shape

@@ -4,25 +4,22 @@ Saved are the trained leaves, the random key, and the sites with their methods. 
 are drawn again when loading, and checked against a sketch; so is the base model.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_mini_jax.adapter import Adapter, Site, check, draw
+from lora_mini_jax.adapter import Adapter, check, draw
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import new_folder, read_json, write_text, writing
-from lora_mini_jax.method import Factors, Method
-from lora_mini_jax.methods import from_dict
+from lora_mini_jax.method import Factors
+from lora_mini_jax.record import fingerprint, read_sites, to_text
 from lora_mini_jax.sketch import same, sketch
-from lora_mini_jax.tree import Target, flatten
+from lora_mini_jax.tree import flatten
 
-FORMAT = 1
 GROUPS = ("trainable", "frozen")
 
 
@@ -49,23 +46,14 @@ def save(
     from safetensors.numpy import save_file
 
     stored = _stored(adapter, store_outer)
-    methods = list(dict.fromkeys(site.method for site in adapter.sites))
-    record = {
-        "format": FORMAT,
-        "base": base,
-        "key": np.asarray(adapter.key).tolist(),
-        "methods": [method.to_dict() for method in methods],
-        "sites": [_site_record(site, adapter, stored, methods) for site in adapter.sites],
-        "base_fingerprint": fingerprint(params),
-    }
     tensors = {f"{group}/{path}": np.asarray(leaf) for group in GROUPS
                for path, leaf in flatten(stored[group]).items()}  # fmt: skip
     with new_folder(folder) as temporary:
         with writing(folder):
             save_file(tensors, temporary / "adapter.safetensors")
-        # A line an entry, not a line a number: the file stays small, and readable.
-        lines = [f"{json.dumps(name)}: {_compact(value)}" for name, value in record.items()]
-        write_text(temporary / "adapter.json", "{\n" + ",\n".join(lines) + "\n}\n")
+        drawn_again = {p: own for p, own in adapter.frozen.items() if p not in stored["frozen"]}
+        text = to_text(adapter, params, drawn_again=drawn_again, base=base)
+        write_text(temporary / "adapter.json", text)
 
 
 def load(
@@ -87,7 +75,7 @@ def load(
     if not folder.is_dir():
         raise UserError(f"no adapter folder {folder}")
     record = read_json(folder / "adapter.json")
-    sites, key = _sites(record, folder)
+    sites, key = read_sites(record, folder)
     try:
         check(sites)
         drawn = draw(params, sites, key)  # checks every shape
@@ -101,75 +89,12 @@ def load(
     return adapter
 
 
-def fingerprint(params: Mapping[str, Any]) -> list[list[float]]:
-    """A sketch of every parameter, in the order of the paths: tells one base from another."""
-    return [sketch(leaf) for _, leaf in sorted(flatten(params).items())]
-
-
-def _compact(value: Any) -> str:
-    if isinstance(value, list) and value and isinstance(value[0], list | dict):
-        return "[\n" + ",\n".join(json.dumps(v, separators=(",", ":")) for v in value) + "\n]"
-    return json.dumps(value)
-
-
-def _site_record(site: Site, adapter: Adapter, stored: dict, methods: list) -> dict[str, Any]:
-    """One site: what of its target is not the default, its method, and a digest of the frozen
-    leaves that are to be drawn again."""
-    target = {f.name: getattr(site.target, f.name) for f in fields(Target)
-              if getattr(site.target, f.name) != f.default}  # fmt: skip
-    path = site.target.path
-    drawn_again = {} if path in stored["frozen"] else adapter.frozen[path]
-    digest = {name: sketch(leaf) for name, leaf in drawn_again.items()}
-    return {
-        **target,
-        "method": methods.index(site.method),
-        **({"digest": digest} if digest else {}),
-    }
-
-
 def _stored(adapter: Adapter, store_outer: bool) -> dict[str, dict[str, Factors]]:
     """The leaves that go into the file."""
     kept = [
         site.target.path for site in adapter.sites if store_outer or not site.method.regenerates
     ]
     return {"trainable": adapter.trainable, "frozen": {p: adapter.frozen[p] for p in kept}}
-
-
-def _sites(record: Any, folder: Path) -> tuple[tuple[Site, ...], jax.Array]:
-    """The sites and key of ``adapter.json``, whatever is wrong with it being one line."""
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        found = record.get("format") if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{folder}/adapter.json has format {found!r}: this version reads {FORMAT}")
-    needed = ("key", "methods", "sites", "base", "base_fingerprint")
-    if missing := [name for name in needed if name not in record]:
-        raise UserError(f"{folder}/adapter.json lacks {', '.join(missing)}: save the adapter again")
-    try:
-        methods = [from_dict(method) for method in record["methods"]]
-        sites = tuple(_site(site, methods) for site in record["sites"])
-        key = np.asarray(record["key"], np.uint32)
-        marks = [[float(number) for number in mark] for mark in record["base_fingerprint"]]
-        if key.shape != (2,) or not all(marks):
-            raise ValueError("key or base_fingerprint is of the wrong shape")
-        return sites, jnp.asarray(key)
-    except (TypeError, KeyError, IndexError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(f"{folder}/adapter.json is damaged: {error}") from None
-
-
-def _site(record: dict[str, Any], methods: list[Method]) -> Site:
-    """One site of ``adapter.json``; ValueError for what is no target."""
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in record.items()
-        if name not in ("method", "digest")
-    }
-    target = Target(**values)
-    axes = sorted((*target.batch, *target.ins, *target.outs))
-    whole = [*target.shape, target.stack, *axes]
-    if not isinstance(target.path, str) or not all(type(number) is int for number in whole):
-        raise ValueError(f"a site with path {target.path!r} and sizes {whole}")
-    if not (target.ins and target.outs) or axes != list(range(len(target.shape) - target.stack)):
-        raise ValueError(f"the axes of {target.path} do not fit its shape {target.shape}")
-    return Site(target, methods[record["method"]])
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:

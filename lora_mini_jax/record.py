@@ -1,0 +1,100 @@
+"""What ``adapter.json`` says: format, base model, random key, methods, sites, and digests."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_mini_jax.adapter import Adapter, Site
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.method import Factors, Method
+from lora_mini_jax.methods import from_dict
+from lora_mini_jax.sketch import sketch
+from lora_mini_jax.tree import Target, flatten
+
+FORMAT = 1
+
+
+def to_text(
+    adapter: Adapter, params: Mapping[str, Any], *, drawn_again: dict[str, Factors], base: str
+) -> str:
+    """The file's text: a line an entry, not a line a number, so that it is small and readable.
+
+    ``drawn_again`` are the frozen leaves that are not saved; a digest of each is.
+    """
+    methods = list(dict.fromkeys(site.method for site in adapter.sites))
+    record = {
+        "format": FORMAT,
+        "base": base,
+        "key": np.asarray(adapter.key).tolist(),
+        "methods": [method.to_dict() for method in methods],
+        "sites": [
+            _site_record(site, methods, drawn_again.get(site.target.path, {}))
+            for site in adapter.sites
+        ],
+        "base_fingerprint": fingerprint(params),
+    }
+    lines = [f"{json.dumps(name)}: {_compact(value)}" for name, value in record.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def read_sites(record: Any, folder: Path) -> tuple[tuple[Site, ...], jax.Array]:
+    """The sites and key of ``adapter.json``, whatever is wrong with it being one line."""
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"{folder}/adapter.json has format {found!r}: this version reads {FORMAT}")
+    needed = ("key", "methods", "sites", "base", "base_fingerprint")
+    if missing := [name for name in needed if name not in record]:
+        raise UserError(f"{folder}/adapter.json lacks {', '.join(missing)}: save the adapter again")
+    try:
+        methods = [from_dict(method) for method in record["methods"]]
+        sites = tuple(_site(site, methods) for site in record["sites"])
+        key = np.asarray(record["key"], np.uint32)
+        marks = [[float(number) for number in mark] for mark in record["base_fingerprint"]]
+        if key.shape != (2,) or not all(marks):
+            raise ValueError("key or base_fingerprint is of the wrong shape")
+        return sites, jnp.asarray(key)
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"{folder}/adapter.json is damaged: {error}") from None
+
+
+def _site(record: dict[str, Any], methods: list[Method]) -> Site:
+    """One site of ``adapter.json``; ValueError for what is no target."""
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in record.items()
+        if name not in ("method", "digest")
+    }
+    target = Target(**values)
+    axes = sorted((*target.batch, *target.ins, *target.outs))
+    whole = [*target.shape, target.stack, *axes]
+    if not isinstance(target.path, str) or not all(type(number) is int for number in whole):
+        raise ValueError(f"a site with path {target.path!r} and sizes {whole}")
+    if not (target.ins and target.outs) or axes != list(range(len(target.shape) - target.stack)):
+        raise ValueError(f"the axes of {target.path} do not fit its shape {target.shape}")
+    return Site(target, methods[record["method"]])
+
+
+def fingerprint(params: Mapping[str, Any]) -> list[list[float]]:
+    """A sketch of every parameter, in the order of the paths: tells one base from another."""
+    return [sketch(leaf) for _, leaf in sorted(flatten(params).items())]
+
+
+def _site_record(site: Site, methods: list[Method], drawn_again: Factors) -> dict[str, Any]:
+    """One site: what of its target is not the default, its method, and the digests."""
+    target = {f.name: getattr(site.target, f.name) for f in fields(Target)
+              if getattr(site.target, f.name) != f.default}  # fmt: skip
+    digest = {name: sketch(leaf) for name, leaf in drawn_again.items()}
+    digests = {"digest": digest} if digest else {}
+    return {**target, "method": methods.index(site.method), **digests}
+
+
+def _compact(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], list | dict):
+        return "[\n" + ",\n".join(json.dumps(v, separators=(",", ":")) for v in value) + "\n]"
+    return json.dumps(value)
