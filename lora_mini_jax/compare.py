@@ -6,7 +6,7 @@ from typing import Any
 from lora_mini_jax.files import write_json
 from lora_mini_jax.finetune import Log, finetune
 from lora_mini_jax.options import Compare, to_json
-from lora_mini_jax.report import compare_report, table_row, table_text
+from lora_mini_jax.report import compare_report, label, table_row, table_text
 from lora_mini_jax.runs import RunFolder
 
 Row = dict[str, Any]
@@ -39,7 +39,7 @@ def compare(options: Compare, say: Log = print, title: str = "Comparison") -> li
     record = {"model": options.model, "rows": rows, "options": to_json(options)}
     write_json(folder / "summary.json", record)
     page = compare_report(folder, title, runs)
-    table = [table_row(spec, [summary for summary, _ in seeds]) for spec, seeds in runs.items()]
+    table = [table_row(label(spec), [s for s, _ in seeds]) for spec, seeds in runs.items()]
     say(table_text(table))
     say_samples(runs, say)
     say(f"report: {page}")
@@ -48,8 +48,8 @@ def compare(options: Compare, say: Log = print, title: str = "Comparison") -> li
 
 def say_samples(runs: dict[str, list[tuple[Row, list]]], say: Log) -> None:
     """One sample of text, before and after."""
-    for spec, seeds in runs.items():
+    for i, (spec, seeds) in enumerate(runs.items()):
         for sample in seeds[0][0]["samples"][:1]:
-            say(f"\n{spec}, prompt: {sample['prompt']!r}")
-            say(f"  before: {sample['before']!r}")
-            say(f"  after:  {sample['after']!r}")
+            if i == 0:
+                say(f"\nprompt: {sample['prompt']!r}\n  before: {sample['before']!r}")
+            say(f"  after {label(spec)}: {sample['after']!r}")

@@ -28,6 +28,7 @@ h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
 table { border-collapse: collapse; width: 100% } svg { width: 100%; height: auto }
 th, td { text-align: right; padding: .3em .7em; border-bottom: 1px solid #dde3ea }
 th:first-child, td:first-child { text-align: left }
+th { font-size: .85em; vertical-align: bottom }
 pre { background: #f4f6f8; padding: .8em; white-space: pre-wrap; border-radius: 4px }
 .prompt { color: #6b7785 }
 @media (prefers-color-scheme: dark) { body { background: #14181d; color: #d8dee6 }
@@ -52,7 +53,8 @@ def run_report(folder: Path, summary: Row, metrics: Sequence[Row]) -> Path:
 def compare_report(
     folder: Path, title: str, runs: Mapping[str, Sequence[tuple[Row, list]]]
 ) -> Path:
-    """Write ``report.html`` of several runs: ``{name: [(summary, metrics) for each seed]}``."""
+    """Write ``report.html`` of several runs: ``{spec: [(summary, metrics) for each seed]}``."""
+    runs = {label(spec): seeds for spec, seeds in runs.items()}
     first = {name: seeds[0] for name, seeds in runs.items()}
     summaries = {name: [summary for summary, _ in seeds] for name, seeds in runs.items()}
     sizes: dict[str, Points] = {
@@ -72,6 +74,11 @@ def compare_report(
         samples_html({name: summary["samples"] for name, (summary, _) in first.items()}),
         settings_html({name: summary for name, (summary, _) in first.items()}),
     )
+
+
+def label(spec: str) -> str:
+    """A run's spec as people read it: ``lora:rank=8,alpha=4`` is ``lora rank=8 alpha=4``."""
+    return spec.replace(":", " ").replace(",", " ")
 
 
 def table_row(name: str, seeds: Sequence[Row]) -> dict[str, str]:
@@ -115,15 +122,15 @@ def table_html(rows: Iterable[Mapping[str, str]]) -> str:
 
 
 def samples_html(samples: Mapping[str, Sequence[Row]]) -> str:
-    """What the model wrote before and after, under each prompt."""
-    parts = ["<h2>Samples</h2>"]
-    for name, rows in samples.items():
-        for row in rows:
-            prompt = f'<span class="prompt">{html.escape(row["prompt"])}</span>'
-            for when in ("before", "after"):
-                text = html.escape(row[when])
-                parts.append(f"<p>{html.escape(name)}, {when}</p><pre>{prompt}{text}</pre>")
-    return "".join(parts) if len(parts) > 1 else ""
+    """What the model wrote after each prompt: once before training, then after it by each run."""
+    parts = []
+    for versions in zip(*samples.values(), strict=True):
+        prompt = f'<span class="prompt">{html.escape(versions[0]["prompt"])}</span>'
+        texts = {"before": versions[0]["before"]}
+        texts |= {f"{name}, after": v["after"] for name, v in zip(samples, versions, strict=True)}
+        for when, text in texts.items():
+            parts.append(f"<p>{html.escape(when)}</p><pre>{prompt}{html.escape(text)}</pre>")
+    return "<h2>Samples</h2>" + "".join(parts) if parts else ""
 
 
 def settings_html(summaries: Mapping[str, Row]) -> str:

@@ -28,6 +28,7 @@ def test_the_demo_runs_learns_and_stays_small(tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     assert "held-out loss after" in run.stdout
     assert "before:" in run.stdout
+    assert "after lora-mini" in run.stdout
     folder = tmp_path / "runs" / "demo"
     assert str(Path("runs/demo/report.html")) in run.stdout
     summary = json.loads((folder / "summary.json").read_text())
