@@ -1,19 +1,16 @@
 """The fine-tuning run: read, resume, train, evaluate, save. One function, in chapters."""
 
 import math
-import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from lora_mini_jax.adapter import Adapter, count, draw
 from lora_mini_jax.checkpoint import Checkpoints
 from lora_mini_jax.decode import generate
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.meter import Meter
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.report import run_report
 from lora_mini_jax.runs import Row, RunFolder
@@ -58,19 +55,17 @@ def finetune(options: Finetune, say: Log = print) -> Row:
             say(f"going on from step {start} of {steps}")
         folder.rewind(start if start else -1)
 
-        # Before.
+        # Training, with the held-out loss before and after.
         evaluate = make_evaluate(task)
-        if start == 0:
-            before = evaluate(state.adapter)
-            folder.log([{"step": 0, "valid_loss": before, "seconds": 0.0}])
-        texts_before = samples(task, options, None)
-
-        # Training.
         step = make_train_step(task.loss, tx, has_aux=True)
-        with Meter(options, folder, start, steps, task) as meter:
+        texts_before = samples(task, options, None)
+        with Meter(options, folder, start, steps, learning_rate(options, steps)) as meter:
+            if start == 0:
+                meter.evaluated(evaluate(state.adapter))
             for i in range(start, steps):
-                state, metrics = step(state, task.params, task.train.batch(i))
-                meter.add(metrics)
+                batch = task.train.batch(i)
+                state, metrics = step(state, task.params, batch)
+                meter.add(metrics, int(np.count_nonzero(batch["segment_ids"])))
                 done_steps = i + 1
                 if due(done_steps, options.eval_every, steps) and done_steps < steps:
                     meter.flush()
@@ -78,35 +73,46 @@ def finetune(options: Finetune, say: Log = print) -> Row:
                 if due(done_steps, options.save_every, steps):
                     meter.flush()  # also refuses to save after a loss that is not finite
                     checkpoints.save(state)
+            meter.evaluated(evaluate(state.adapter))
 
     # After.
-    after = evaluate(state.adapter)
-    meter.evaluated(after)
     save(folder.adapter, state.adapter, task.params, base=options.model)
+    texts = list(zip(texts_before, samples(task, options, state.adapter), strict=True))
+    summary = summarize(options, task, state, folder, texts)
+    run_report(folder.path, summary, folder.metrics())
+    folder.finish(summary)
+    return summary
+
+
+def summarize(
+    options: Finetune,
+    task: Task,
+    state: TrainState,
+    folder: RunFolder,
+    texts: list[tuple[str, str]],
+) -> Row:
+    """What a finished run found; ``texts`` are the samples before and after."""
     rows = folder.metrics()
-    summary = {
+    held_out = [row["valid_loss"] for row in rows if "valid_loss" in row]
+    trainable = count(state.adapter)
+    return {
         "model": options.model,
         "method": options.method,
         "settings": [m.to_dict() for m in dict.fromkeys(s.method for s in task.sites)],
         "seed": options.seed,
-        "steps": steps,
-        "trainable": count(state.adapter),
-        "trainable_share": count(state.adapter) / sum(x.size for x in jax.tree.leaves(task.params)),
-        "valid_loss_before": next(r["valid_loss"] for r in rows if "valid_loss" in r),
-        "valid_loss_after": after,
-        "adapter_bytes": sum(f.stat().st_size for f in folder.adapter.iterdir()),
-        "seconds": round(max(r["seconds"] for r in rows), 1),
+        "steps": int(state.step),
+        "trainable": trainable,
+        "trainable_share": trainable / sum(x.size for x in jax.tree.leaves(task.params)),
+        "valid_loss_before": held_out[0],
+        "valid_loss_after": held_out[-1],
+        "adapter_bytes": sum(file.stat().st_size for file in folder.adapter.iterdir()),
+        "seconds": round(max(row["seconds"] for row in rows), 1),
         "notes": task.notes,
         "samples": [
-            {"prompt": task.tokenizer.decode(p), "before": b, "after": a}
-            for p, b, a in zip(
-                task.prompts, texts_before, samples(task, options, state.adapter), strict=True
-            )
+            {"prompt": task.tokenizer.decode(prompt), "before": before, "after": after}
+            for prompt, (before, after) in zip(task.prompts, texts, strict=True)
         ],
     }
-    run_report(folder.path, summary, rows)
-    folder.finish(summary)
-    return summary
 
 
 def total_steps(options: Finetune, steps_per_epoch: int) -> int:
@@ -163,79 +169,3 @@ def samples(task: Task, options: Finetune, adapter: Adapter | None) -> list[str]
 def due(step: int, every: int | None, last: int) -> bool:
     """Whether something that happens every so many steps, and at the end, happens now."""
     return step == last or (every is not None and step % every == 0)
-
-
-class Meter:
-    """Progress bar, metrics.jsonl and TensorBoard, without waiting for the device at every step."""
-
-    def __init__(
-        self, options: Finetune, folder: RunFolder, start: int, steps: int, task: Task
-    ) -> None:
-        self._options, self._folder, self._step = options, folder, start
-        self._rate = learning_rate(options, steps)
-        rows = folder.metrics()
-        self._before = max((row["seconds"] for row in rows), default=0.0)
-        self._began, self._last, self._pending = time.monotonic(), time.monotonic(), []
-        self._tokens = options.batch_size * options.max_length
-        self._bar = tqdm(total=steps, initial=start, unit="step", desc=options.method)
-        self._board = _board(folder) if options.tensorboard else None
-
-    def __enter__(self) -> "Meter":
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._bar.close()
-
-    def add(self, metrics: Any) -> None:
-        """Note one step; every ``log_every`` steps they are written."""
-        self._pending.append(metrics)
-        self._step += 1
-        self._bar.update()
-        if self._step % self._options.log_every == 0:
-            self.flush()
-
-    def flush(self) -> None:
-        """Fetch and write what is pending.
-
-        Raises:
-            UserError: a loss or gradient that is not finite, with its step.
-        """
-        if not self._pending:
-            return
-        losses, norms = np.asarray([(m.loss, m.grad_norm) for m in self._pending], np.float64).T
-        first = self._step - len(self._pending)
-        bad = np.flatnonzero(~np.isfinite(losses) | ~np.isfinite(norms))
-        if bad.size:
-            raise UserError(
-                f"loss {losses[bad[0]]} with gradient norm {norms[bad[0]]} at step "
-                f"{first + bad[0] + 1}: stopped; the checkpoints from before are kept in "
-                f"{self._folder.checkpoints}. Lower --learning-rate, or look at the data"
-            )
-        now = time.monotonic()
-        speed = len(losses) * self._tokens / max(now - self._last, 1e-9)
-        self._last, self._pending = now, []
-        row = {"loss": losses.mean(), "grad_norm": norms.mean(), "tokens_per_second": speed}
-        row["learning_rate"] = np.asarray(self._rate(self._step - 1)).item()
-        self._bar.set_postfix({"loss": f"{losses.mean():.3f}", "tok/s": f"{speed:.0f}"})
-        self._write({name: float(value) for name, value in row.items()})
-
-    def evaluated(self, valid_loss: float) -> None:
-        """Write a held-out loss; the time it took is not counted as training speed."""
-        self._last = time.monotonic()
-        self._write({"valid_loss": valid_loss})
-
-    def _write(self, row: Row) -> None:
-        seconds = round(self._before + time.monotonic() - self._began, 3)
-        self._folder.log([{"step": self._step, **row, "seconds": seconds}])
-        if self._board:
-            for name, value in row.items():
-                self._board.add_scalar(name, value, self._step)
-            self._board.flush()
-
-
-def _board(folder: RunFolder) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs tensorboardX: pip install tensorboardX") from None
-    return SummaryWriter(str(folder.path / "tensorboard"))

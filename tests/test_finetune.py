@@ -173,9 +173,15 @@ def test_examples_that_are_too_long_are_counted_and_reported(place):
 
 def test_lora_runs_through_the_same_door(place):
     given = dataclasses.replace(
-        options(place, max_steps=2), method="lora", a=None, b=None, output_dir=str(place / "lora")
+        options(place, max_steps=2, tensorboard=True),
+        method="lora",
+        a=None,
+        b=None,
+        output_dir=str(place / "lora"),
     )
     assert quiet(given)["trainable"] == 2 * (4 * (32 + 32) + 3 * (32 + 48))
+    (events,) = (place / "lora" / "tensorboard").iterdir()
+    assert b"valid_loss" in events.read_bytes()
 
 
 def test_steps_and_schedule(place):

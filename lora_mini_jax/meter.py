@@ -1,0 +1,92 @@
+"""What a run shows while it trains: progress bar, metrics.jsonl and TensorBoard."""
+
+import time
+from typing import Any
+
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.options import Finetune
+from lora_mini_jax.runs import Row, RunFolder
+
+
+class Meter:
+    """Progress bar, metrics.jsonl and TensorBoard, without waiting for the device at every step."""
+
+    def __init__(
+        self, options: Finetune, folder: RunFolder, start: int, steps: int, rate: optax.Schedule
+    ) -> None:
+        self._options, self._folder, self._step = options, folder, start
+        self._rate = rate
+        rows = folder.metrics()
+        self._before = max((row["seconds"] for row in rows), default=0.0)
+        self._began, self._last, self._pending = time.monotonic(), time.monotonic(), []
+        self._tokens = 0
+        self._bar = tqdm(total=steps, initial=start, unit="step", desc=options.method)
+        self._board = _board(folder) if options.tensorboard else None
+
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._bar.close()
+        if self._board:
+            self._board.close()
+
+    def add(self, metrics: Any, tokens: int) -> None:
+        """Note one step and how many tokens it saw, padding apart; every ``log_every`` steps they
+        are written."""
+        self._pending.append(metrics)
+        self._tokens += tokens
+        self._step += 1
+        self._bar.update()
+        if self._step % self._options.log_every == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Fetch and write what is pending.
+
+        Raises:
+            UserError: a loss or gradient that is not finite, with its step.
+        """
+        if not self._pending:
+            return
+        losses, norms = np.asarray([(m.loss, m.grad_norm) for m in self._pending], np.float64).T
+        first = self._step - len(self._pending)
+        bad = np.flatnonzero(~np.isfinite(losses) | ~np.isfinite(norms))
+        if bad.size:
+            raise UserError(
+                f"loss {losses[bad[0]]} with gradient norm {norms[bad[0]]} at step "
+                f"{first + bad[0] + 1}: stopped; the checkpoints from before are kept in "
+                f"{self._folder.checkpoints}. Lower --learning-rate, or look at the data"
+            )
+        now = time.monotonic()
+        speed = self._tokens / max(now - self._last, 1e-9)
+        self._last, self._pending, self._tokens = now, [], 0
+        row = {"loss": losses.mean(), "grad_norm": norms.mean(), "tokens_per_second": speed}
+        row["learning_rate"] = np.asarray(self._rate(self._step - 1)).item()
+        self._bar.set_postfix({"loss": f"{losses.mean():.3f}", "tok/s": f"{speed:.0f}"})
+        self._write({name: float(value) for name, value in row.items()})
+
+    def evaluated(self, valid_loss: float) -> None:
+        """Write a held-out loss; the time it took is not counted as training speed."""
+        self._last = time.monotonic()
+        self._write({"valid_loss": valid_loss})
+
+    def _write(self, row: Row) -> None:
+        seconds = round(self._before + time.monotonic() - self._began, 3)
+        self._folder.log([{"step": self._step, **row, "seconds": seconds}])
+        if self._board:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, self._step)
+            self._board.flush()
+
+
+def _board(folder: RunFolder) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs tensorboardX: pip install tensorboardX") from None
+    return SummaryWriter(str(folder.path / "tensorboard"))
