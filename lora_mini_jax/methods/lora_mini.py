@@ -44,7 +44,7 @@ class LoRAMini(LowRank):
 
     a: int = 32
     b: int = 32
-    outer_init: OuterInit = "fan_in"
+    outer_init: OuterInit = "orthogonal"
 
     def __post_init__(self) -> None:
         super().__post_init__()
