@@ -7,9 +7,9 @@ configuration has its learning rate tuned with one seed on one half of the held-
 reported on the other half with three. One configuration takes three to five minutes on one core;
 ``--part`` and ``--parts`` share them among processes; a sweep that was stopped goes on.
 
-Found (``results/sweep_e2e.md``): on a model of width 64 LoRA-Mini beats LoRA that was made as small
-by adapting attention alone, loses to LoRA r=1 on the MLP kernels, and comes near LoRA r=8 at neither
-a tenth nor a twentieth of its size.
+Found (``results/sweep_e2e.md``): on a model of width 64 LoRA-Mini beats LoRA that was made as
+small by adapting attention alone, loses to LoRA r=1 on the MLP kernels, and does not come near
+LoRA r=8 at a tenth or a twentieth of its size.
 """
 
 import fcntl
