@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from lora_mini_jax.decode import generate
     from lora_mini_jax.errors import UserError
     from lora_mini_jax.method import Method
-    from lora_mini_jax.methods.lora import LoRA
-    from lora_mini_jax.methods.lora_mini import LoRAMini
+    from lora_mini_jax.methods import LoRA, LoRAMini
     from lora_mini_jax.optim import freeze, trainable_mask
     from lora_mini_jax.storage import load, save
     from lora_mini_jax.train import TrainState, make_train_step

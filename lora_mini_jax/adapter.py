@@ -16,25 +16,10 @@ import jax.numpy as jnp
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors, Method
-from lora_mini_jax.tree import Target, listing, matches, matrices, over_lead
+from lora_mini_jax.plan import Site, by_method, plan
+from lora_mini_jax.tree import Target, matrices, over_lead
 
 GENERATOR = "threefry2x32"
-
-
-@dataclass(frozen=True)
-class Site:
-    """One adapted kernel: which it is, and by which method."""
-
-    target: Target
-    method: Method
-
-    @property
-    def n_trainable(self) -> int:
-        """Trained parameters here, over all stacked layers."""
-        matrices = 1
-        for size in self.target.lead:
-            matrices *= size
-        return matrices * self.method.n_trainable(self.target.n_in, self.target.n_out)
 
 
 @partial(
@@ -59,58 +44,20 @@ class Adapter:
     key: jax.Array
     sites: tuple[Site, ...]
 
-    def factors(self, path: str) -> Factors:
-        """Trainable and frozen leaves of one kernel together."""
-        return {**self.frozen.get(path, {}), **self.trainable.get(path, {})}
+    def factors(self) -> dict[str, Factors]:
+        """Every kernel's leaves, trainable and frozen together, as a call uses them: shared ones
+        under each of the paths that share them, related ones related."""
+        own: dict[str, Factors] = {}
+        for site in self.sites:
+            path = site.owner or site.target.path
+            own[site.target.path] = {**self.frozen.get(path, {}), **self.trainable.get(path, {})}
+        for method, group in by_method(self.sites).items():
+            own.update(method.relate({path: own[path] for path in group}))
+        return own
 
     def with_trainable(self, trainable: dict[str, Factors]) -> "Adapter":
         """The same adapter with other trained leaves."""
         return replace(self, trainable=trainable)
-
-
-def plan(
-    method: Method,
-    targets: Iterable[Target],
-    overrides: Mapping[str, Mapping[str, Any]] | None = None,
-) -> tuple[Site, ...]:
-    """Which method adapts which kernel, checked before anything is computed.
-
-    Args:
-        method: the method for every target that no override names.
-        targets: the kernels, as `select` gives them.
-        overrides: ``{regular expression: {field: value}}``, other hyper-parameters for some
-            kernels: ``{"mlp": {"rank": 4, "alpha": 8.0}}``. Where several match, the last wins.
-
-    Raises:
-        UserError: a pattern that matches none of the targets, a field the method does not have,
-            or kernels the method cannot adapt: all of them in one message.
-    """
-    targets, overrides = tuple(targets), overrides or {}
-    for pattern in overrides:
-        if not any(matches(t, pattern) for t in targets):
-            raise UserError(f"override {pattern!r} matches no kernel; {listing(targets)}")
-    sites = []
-    for target in targets:
-        own = method
-        for pattern, changed in overrides.items():
-            if matches(target, pattern):
-                own = own.with_settings(changed)
-        sites.append(Site(target, own))
-    check(sites)
-    return tuple(sites)
-
-
-def check(sites: Iterable[Site]) -> None:
-    """Raise one `UserError` that lists every kernel its method cannot adapt."""
-    found = [
-        f"{s.target.path} ({s.target.n_in} x {s.target.n_out}): {problem}"
-        for s in sites
-        for problem in s.method.problems(s.target.n_in, s.target.n_out)
-    ]
-    if found:
-        raise UserError(
-            f"{'; '.join(found)}. Lower the setting, exclude these kernels, or override it for them"
-        )
 
 
 def init(
@@ -120,6 +67,7 @@ def init(
     key: jax.Array | int = 0,
     *,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    modules_to_save: Iterable[Target] = (),
 ) -> Adapter:
     """Draw an adapter for the given kernels.
 
@@ -132,6 +80,8 @@ def init(
         targets: the kernels to adapt: ``select(linen.targets(model, params, x), "q_proj|v_proj")``.
         key: a JAX random key, or an integer seed.
         overrides: other hyper-parameters for some kernels, see `plan`.
+        modules_to_save: parameters trained whole beside the method (a head, norms, biases), saved
+            and merged with the adapter: ``select(parameters(params, targets), "norm")``.
 
     Raises:
         UserError: see `plan`; also a target that ``params`` does not have, or in another shape.
@@ -143,7 +93,7 @@ def init(
         >>> count(init(params, LoRA(rank=2), targets))
         80
     """
-    return draw(params, plan(method, targets, overrides), key)
+    return draw(params, plan(method, targets, overrides, modules_to_save), key)
 
 
 def draw(params: Mapping[str, Any], sites: tuple[Site, ...], key: jax.Array | int) -> Adapter:
@@ -152,8 +102,10 @@ def draw(params: Mapping[str, Any], sites: tuple[Site, ...], key: jax.Array | in
     kernels = matrices(params, [site.target for site in sites])
     trainable, frozen = {}, {}
     for site in sites:
+        if site.owner:
+            continue
         path = site.target.path
-        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        own = key if site.method.shares_draw else fold_path(key, path)
         trainable[path], frozen[path] = _draw_one(site.method, own, kernels[path])
     return Adapter(trainable, frozen, jax.random.key_data(key), sites)
 
@@ -181,6 +133,11 @@ def as_key(key: jax.Array | int) -> jax.Array:
     return key
 
 
+def fold_path(key: jax.Array, path: str) -> jax.Array:
+    """The random stream that belongs to one kernel."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
 def count(adapter: Adapter) -> int:
     """How many parameters are trained."""
     return sum(leaf.size for leaf in jax.tree.leaves(adapter.trainable))
@@ -191,5 +148,8 @@ def _draw_one(method: Method, key: jax.Array, kernels: jax.Array) -> tuple[Facto
     """The leaves of one site, a matrix at a time. Compiled always, so that drawing them again gives
     the same bits: what XLA fuses rounds differently from the same operations one by one."""
     lead = kernels.shape[:-2]
-    keys = jax.random.split(key, lead) if lead else key
+    if method.shares_draw:
+        keys = jnp.broadcast_to(key, lead)
+    else:
+        keys = jax.random.split(key, lead) if lead else key
     return over_lead(method.init, len(lead))(keys, kernels)

@@ -6,6 +6,7 @@ so a kill at any moment leaves the newest complete one to go on from.
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,11 @@ class Checkpoints:
 
 def _saved(state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds."""
-    moving = {
-        site.target.path: state.adapter.frozen[site.target.path]
-        for site in state.adapter.sites
-        if not site.method.regenerates
-    }
+    frozen, moving = state.adapter.frozen, {}
+    for site in state.adapter.sites:
+        if site.method.stored and not site.owner:
+            path = site.target.path
+            moving[path] = {name: frozen[path][name] for name in sorted(site.method.stored)}
     return {
         "step": state.step,
         "key": state.key,
@@ -112,6 +113,6 @@ def _restored(state: TrainState, tree: dict[str, Any]) -> TrainState:
     tree = jax.tree.map(jax.numpy.asarray, tree)
     adapter: Adapter = state.adapter.with_trainable(tree["trainable"])
     opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), tree["opt_state"])
-    frozen = {**adapter.frozen, **tree["frozen"]}
-    adapter = Adapter(adapter.trainable, frozen, adapter.key, adapter.sites)
+    moved = {path: adapter.frozen[path] | leaves for path, leaves in tree["frozen"].items()}
+    adapter = replace(adapter, frozen=adapter.frozen | moved)
     return TrainState(tree["step"], adapter, opt_state, tree["key"])

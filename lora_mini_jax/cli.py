@@ -6,15 +6,30 @@ import io
 import json
 import re
 import sys
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.options import Compare, Demo, Finetune, Generate, Inspect, Merge, from_file
+from lora_mini_jax.options import (
+    Compare,
+    Demo,
+    Finetune,
+    Generate,
+    Inspect,
+    Merge,
+    MethodOptions,
+    Methods,
+    Pretrain,
+    from_file,
+)
 
 COMMANDS: dict[str, Any] = {
     "finetune": Finetune,
     "compare": Compare,
+    "pretrain": Pretrain,
+    "methods": Methods,
     "inspect": Inspect,
     "generate": Generate,
     "merge": Merge,
@@ -46,16 +61,17 @@ def parse(argv: list[str]) -> Any:
 
     argv, config = _take_config(argv)
     command = argv[0] if argv else ""
+    cls = COMMANDS.get(command)
+    default = from_file(cls, config) if cls and config is not None else None
+    argv = _settings_as_words(argv, cls, default)
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
             if config is None:
                 return tyro.extras.subcommand_cli_from_dict(COMMANDS, args=argv, prog="lora-mini")
-            if command not in COMMANDS:
+            if cls is None:
                 raise UserError(f"unknown command {command!r}: choose from {', '.join(COMMANDS)}")
-            cls = COMMANDS[command]
-            prog = f"lora-mini {command}"
-            return tyro.cli(cls, args=argv[1:], default=from_file(cls, config), prog=prog)
+            return tyro.cli(cls, args=argv[1:], default=default, prog=f"lora-mini {command}")
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -72,9 +88,13 @@ def run(options: Any) -> None:
         function("compare", "compare")(options)
     elif isinstance(options, Finetune):
         say_summary(function("finetune", "finetune")(options), options)
+    elif isinstance(options, Pretrain):
+        function("pretrain", "pretrain")(options)
     elif isinstance(options, Inspect):
         report = function("inspect", "inspect")(options)
         print(json.dumps(report, indent=2) if options.json else function("inspect", "text")(report))
+    elif isinstance(options, Methods):
+        print(function("inspect", "methods_text")())
     elif isinstance(options, Generate):
         function("commands", "run_generate")(options)
     elif isinstance(options, Merge):
@@ -101,6 +121,38 @@ def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
                 raise UserError("--config needs a file: --config runs/finetune/config.json")
             return argv[:i] + argv[i + 2 :], argv[i + 1]
     return argv, None
+
+
+def _settings_as_words(argv: list[str], cls: Any, default: Any) -> list[str]:
+    """``argv`` with the flags that are a method's own (``--rank 4``) moved into ``--settings``,
+    after those that a config file gives."""
+    if cls is None or not issubclass(cls, MethodOptions):
+        return argv
+    known = {field.name for field in fields(cls)} | {"help"}
+    if all(_flag(word) in known for word in argv if word.startswith("--")):
+        return argv
+    from lora_mini_jax.methods import METHODS  # imports jax, which --help can do without
+
+    own = {name for method in METHODS.values() for name in method.field_names()} - known
+    kept, settings, words = [], [], deque(argv)
+    while words:
+        word = words.popleft()
+        name, (_, equals, value) = _flag(word), word.partition("=")
+        if not word.startswith("--") or name not in own:
+            kept.append(word)
+            continue
+        if not equals:
+            value = words.popleft() if words and not words[0].startswith("--") else "true"
+        settings.append(f"{name}={value}")
+    if settings and "--settings" in kept:
+        raise UserError("give the method's settings as --settings or as flags, not both ways")
+    before = default.settings if default else ()
+    return [*kept, *(["--settings", *before, *settings] if settings else [])]
+
+
+def _flag(word: str) -> str:
+    """``--lora-plus-ratio=2`` as the option's name, ``lora_plus_ratio``."""
+    return word.removeprefix("--").partition("=")[0].replace("-", "_")
 
 
 def _one_line(text: str) -> str:

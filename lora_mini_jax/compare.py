@@ -10,7 +10,9 @@ from lora_mini_jax.report import compare_report, label, table_row, table_text
 from lora_mini_jax.runs import RunFolder
 
 Row = dict[str, Any]
-ROW = ("method", "trainable", "valid_loss_before", "valid_loss_after", "adapter_bytes", "seconds")
+ROW = ("method", "settings", "trainable", "trainable_share", "valid_loss_before",
+       "valid_loss_after", "valid_right_before", "valid_right_after", "step_seconds", "step_bytes",
+       "adapter_bytes", "seconds")  # fmt: skip
 
 
 def compare(options: Compare, say: Log = print, title: str = "Comparison") -> list[Row]:
@@ -33,9 +35,7 @@ def compare(options: Compare, say: Log = print, title: str = "Comparison") -> li
             say(f"{spec}, seed {seed}")
             summary = finetune(one, say)
             runs.setdefault(spec, []).append((summary, RunFolder(one).metrics()))
-            values = {name: summary[name] for name in ROW}
-            share = {"trainable_share": summary["trainable_share"]}
-            rows.append({**values, **share, "spec": spec, "seed": seed})
+            rows.append({**{n: summary[n] for n in ROW}, "spec": spec, "seed": seed})
     record = {"model": options.model, "rows": rows, "options": to_json(options)}
     write_json(folder / "summary.json", record)
     page = compare_report(folder, title, runs)

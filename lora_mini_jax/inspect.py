@@ -3,6 +3,7 @@
 Only the model's config is read; arrays are shapes and nothing is computed.
 """
 
+from dataclasses import MISSING, fields
 from typing import Any
 
 import jax
@@ -10,12 +11,14 @@ import jax.numpy as jnp
 import optax
 
 from lora_mini_jax import linen
-from lora_mini_jax.adapter import Adapter, Site, draw
+from lora_mini_jax.adapter import Adapter, draw
 from lora_mini_jax.data import token_loss
 from lora_mini_jax.flops import dot_flops
+from lora_mini_jax.methods import METHODS
 from lora_mini_jax.models import Llama
 from lora_mini_jax.models.hub import load_config, resolve
 from lora_mini_jax.options import Inspect
+from lora_mini_jax.plan import Site
 from lora_mini_jax.task import planned_sites
 from lora_mini_jax.train import TrainState, make_train_step
 
@@ -39,7 +42,7 @@ def inspect(options: Inspect) -> Report:
     full = full_flops(model, params, tokens)
     return {
         "model": options.model,
-        "method": options.adapter_method().to_dict(),
+        "methods": [m.to_dict() for m in dict.fromkeys(site.method for site in sites)],
         "kernels": [kernel(site, adapter) for site in sites],
         "model_parameters": total,
         "trainable": trainable,
@@ -61,8 +64,13 @@ def kernel(site: Site, adapter: Adapter) -> Report:
         "shape": list(site.target.shape),
         "trained": sum(leaf.size for leaf in adapter.trainable[path].values()),
         "frozen": sum(leaf.size for leaf in adapter.frozen[path].values()),
-        "rank": site.method.to_dict().get("rank"),
+        "settings": _sizes(site),
     }
+
+
+def _sizes(site: Site) -> Report:
+    """The method's whole numbers: rank, a, b and the like."""
+    return {n: v for n, v in site.method.to_dict().items() if type(v) is int}
 
 
 def optimizer_bytes(trained: Any) -> int:
@@ -100,18 +108,32 @@ def _batch(tokens: Any) -> dict[str, Any]:
     return {"tokens": tokens, "loss_mask": jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)}
 
 
+def methods_text() -> str:
+    """Every method with what it is, its settings and their defaults, for a terminal."""
+    lines = []
+    for name, method in METHODS.items():
+        defaults = {f.name: "" if f.default is MISSING else f" {f.default}" for f in fields(method)}
+        flags = [f"--{n.replace('_', '-')}{defaults[n]}" for n in method.field_names()]
+        summary = (method.__doc__ or "").partition("\n")[0].replace("``", "")
+        lines += [f"{name}: {summary}", f"    {'  '.join(flags)}"]
+    return "\n".join(lines)
+
+
 def text(report: Report) -> str:
     """The report for a terminal."""
     width = max(len(k["path"]) for k in report["kernels"])
-    lines = [f"{'kernel':{width}}  {'shape':>16}  {'trained':>9}  {'frozen':>9}"]
+    lines = [f"{'kernel':{width}}  {'shape':>16}  {'trained':>9}  {'frozen':>9}  sizes"]
     for k in report["kernels"]:
         shape = " x ".join(map(str, k["shape"]))
-        lines.append(f"{k['path']:{width}}  {shape:>16}  {k['trained']:>9,}  {k['frozen']:>9,}")
+        sizes = " ".join(f"{name}={size}" for name, size in k["settings"].items())
+        lines.append(
+            f"{k['path']:{width}}  {shape:>16}  {k['trained']:>9,}  {k['frozen']:>9,}  {sizes}"
+        )
     share, total = report["trainable_share"], report["model_parameters"]
     ratio, tokens = report["step_gflop"] / report["full_step_gflop"], report["tokens_per_step"]
     lines += [
         "",
-        f"method            {report['method']}",
+        *(f"method            {method}" for method in report["methods"]),
         f"kernels           {len(report['kernels'])}",
         f"trained           {report['trainable']:,} of {total:,} ({share:.3%})",
         f"frozen outer      {report['frozen_outer']:,} (drawn again from the key, not saved)",

@@ -14,9 +14,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-from lora_mini_jax.adapter import Adapter, Site
+from lora_mini_jax.adapter import Adapter, as_key, fold_path
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.plan import Site
 from lora_mini_jax.tree import Target, check_fit, flatten, listing, over_lead, unflatten
 from lora_mini_jax.views import (
     RULES,
@@ -45,6 +47,7 @@ __all__ = [
 
 Array = jax.Array
 SUFFIX = "_factors"
+DROPOUT = "dropout_key"
 
 
 def targets(
@@ -118,8 +121,10 @@ def adapt(model: nn.Module, rules: Rules | None = None) -> Callable[..., Any]:
         rules: layers of your own, as for `targets`.
 
     Returns:
-        ``apply(params, adapter, *inputs, variables=None, **kwargs)``; ``variables`` holds other
-        collections (``batch_stats``); ``kwargs`` go to ``model.apply`` (``rngs``, ``mutable``).
+        ``apply(params, adapter, *inputs, variables=None, dropout_key=None, **kwargs)``;
+        ``variables`` holds other collections (``batch_stats``); a ``dropout_key`` turns on the
+        dropout of methods that have one, every kernel and stacked layer with its own stream;
+        ``kwargs`` go to ``model.apply`` (``rngs``, ``mutable``).
 
     Raises:
         UserError: from ``apply``: an adapted kernel that the call never used, or that ``params``
@@ -140,9 +145,10 @@ def adapt(model: nn.Module, rules: Rules | None = None) -> Callable[..., Any]:
         adapter: Adapter,
         *inputs: Any,
         variables: Mapping[str, Any] | None = None,
+        dropout_key: Array | None = None,
         **kwargs: Any,
     ) -> Any:
-        sites = {site.target.path: site for site in adapter.sites}
+        sites = {s.target.path: s for s in adapter.sites if s.target.kind != "array"}
         used: Counter[str] = Counter()
 
         def interceptor(next_call: Callable, args: tuple, kw: dict, context: Any) -> Any:
@@ -155,12 +161,14 @@ def adapt(model: nn.Module, rules: Rules | None = None) -> Callable[..., Any]:
             if used[path] > before:
                 return y  # a subclass that called its parent: the parent's call was adapted
             used[path] += 1
-            return y + _delta(context.module, sites[path], view, y.dtype)
+            return y + _delta(context.module, sites[path], view, y.dtype, before)
 
         check_fit(params, [site.target for site in adapter.sites])
-        factors = {site.target.path: adapter.factors(site.target.path) for site in adapter.sites}
+        factors = _used(adapter)
+        shifted = _shifted(params, adapter, factors)
+        beside = {path: factors[path] | _dropout(site, dropout_key) for path, site in sites.items()}
         with nn.intercept_methods(interceptor):
-            marked = {**(variables or {}), "params": _marked(params, factors)}
+            marked = {**(variables or {}), "params": _marked(shifted, beside)}
             out = model.apply(marked, *inputs, **kwargs)
         if len(used) < len(sites):
             unused = [site.target for path, site in sites.items() if path not in used]
@@ -195,14 +203,54 @@ def _marked(params: Mapping[str, Any], factors: Mapping[str, dict[str, Array]]) 
     return unflatten({**flat, **beside})
 
 
-def _delta(module: nn.Module, site: Site, view: View, dtype: Any) -> Array:
-    """The adapter's contribution to one call, in the shape and dtype of the layer's output."""
-    factors = module.get_variable("params", view.leaf + SUFFIX).factors
+def _used(adapter: Adapter) -> dict[str, dict[str, Array]]:
+    """The factors without those that only training needs: they need not ride through a scan."""
+    found = adapter.factors()
+    for site in adapter.sites:
+        own = found[site.target.path]
+        found[site.target.path] = {n: x for n, x in own.items() if n not in site.method.scratch}
+    return found
+
+
+def _shifted(params: Mapping[str, Any], adapter: Adapter, factors: Any) -> dict[str, Any]:
+    """The parameters with every dense update added, in the parameters' own dtypes."""
+    flat = flatten(params)
+    for site in adapter.sites:
+        path = site.target.path
+        shift = site.method.shift(factors[path])
+        if shift is not None:
+            flat[path] = (flat[path] + site.target.unmatrix(shift)).astype(flat[path].dtype)
+    return unflatten(flat)
+
+
+def _dropout(site: Site, key: Array | None) -> dict[str, Array]:
+    """The random stream of one kernel's dropout, a key for every stacked layer; data of keys, so
+    that ``scan`` and ``vmap`` can slice it like any other leaf."""
+    if key is None or not site.method.dropout:
+        return {}
+    own = fold_path(as_key(key), site.target.path)
+    stack = site.target.shape[: site.target.stack]
+    return {DROPOUT: jax.random.key_data(jax.random.split(own, stack) if stack else own)}
+
+
+def _dropped(x: Array, rate: float, key: Array) -> Array:
+    """``x`` with a share of its entries zeroed and the others scaled up by as much."""
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def _delta(module: nn.Module, site: Site, view: View, dtype: Any, call: int) -> Array:
+    """The adapter's contribution to the ``call``-th call of a layer, in the shape and dtype of the
+    layer's output. Rows that are looked up know no dropout, as in PEFT."""
+    factors = dict(module.get_variable("params", view.leaf + SUFFIX).factors)
+    stream = factors.pop(DROPOUT, None)
     inner = replace(site.target, shape=site.target.shape[site.target.stack :], stack=0)
     kernel = inner.matrix(module.get_variable("params", view.leaf))
     if view.use == "rows":
         return site.method.rows(view.inputs, kernel, factors).astype(dtype)
     x, delta = view.inputs.astype(dtype), site.method.delta
+    if stream is not None:
+        x = _dropped(x, site.method.dropout, jax.random.fold_in(as_key(stream), call))
     if view.use == "transposed":
         thing = jax.ShapeDtypeStruct((*x.shape[:-1], inner.n_in), dtype)
         transpose = jax.linear_transpose(lambda rows: delta(rows, kernel, factors), thing)

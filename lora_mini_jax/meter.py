@@ -3,12 +3,13 @@
 import time
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 from tqdm import tqdm
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.options import Finetune
+from lora_mini_jax.options import Training
 from lora_mini_jax.runs import Row, RunFolder
 
 
@@ -16,7 +17,7 @@ class Meter:
     """Progress bar, metrics.jsonl and TensorBoard, without waiting for the device at every step."""
 
     def __init__(
-        self, options: Finetune, folder: RunFolder, start: int, steps: int, rate: optax.Schedule
+        self, options: Training, folder: RunFolder, start: int, steps: int, rate: optax.Schedule
     ) -> None:
         self._options, self._folder, self._step = options, folder, start
         self._rate = rate
@@ -63,17 +64,29 @@ class Meter:
                 f"{self._folder.checkpoints}. Lower --learning-rate, or look at the data"
             )
         now = time.monotonic()
-        speed = self._tokens / max(now - self._last, 1e-9)
+        elapsed, n = max(now - self._last, 1e-9), len(self._pending)
+        speed = self._tokens / elapsed
         self._last, self._pending, self._tokens = now, [], 0
         row = {"loss": losses.mean(), "grad_norm": norms.mean(), "tokens_per_second": speed}
+        row["step_seconds"] = elapsed / n
         row["learning_rate"] = np.asarray(self._rate(self._step - 1)).item()
         self._bar.set_postfix({"loss": f"{losses.mean():.3f}", "tok/s": f"{speed:.0f}"})
         self._write({name: float(value) for name, value in row.items()})
 
-    def evaluated(self, valid_loss: float) -> None:
-        """Write a held-out loss; the time it took is not counted as training speed."""
+    def evaluated(self, found: Row) -> None:
+        """Write what an evaluation found; the time it took is not counted as training speed."""
         self._last = time.monotonic()
-        self._write({"valid_loss": valid_loss})
+        self._write(found)
+
+    def compiled(self, step: jax.stages.Compiled) -> None:
+        """Write how much memory the compiled step needs: its arguments, results that are not
+        written over them, and temporaries. Nor is the time to compile counted as training."""
+        self._last = time.monotonic()
+        memory = step.memory_analysis()
+        if memory is not None:  # some backends do not say
+            sizes = memory.argument_size_in_bytes, memory.output_size_in_bytes
+            total = sum(sizes) - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+            self._write({"step_bytes": total})
 
     def _write(self, row: Row) -> None:
         seconds = round(self._before + time.monotonic() - self._began, 3)

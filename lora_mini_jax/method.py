@@ -3,43 +3,82 @@
 The object is the configuration and the algorithm; it holds no arrays. Every function sees a single
 matrix ``(in, out)`` in Flax layout (``y = x @ kernel``). Stacked layers, attention heads, einsum
 axes and transposed kernels are dealt with once, in `adapter.py` and `linen.py`, so a method is a
-page of formulas.
+page of formulas. What few methods need (a dense update, a step of their own, kernels that depend
+on each other) are hooks with defaults that do nothing.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.tree import float32
 
 Factors = dict[str, jax.Array]
 """A kernel's adapter leaves by name, trainable and frozen ones together."""
+
+Schedule = Callable[[Any], Any]
+"""A number by update, as optax has them."""
+
+Kernels = Mapping[str, Factors]
+"""The leaves of several kernels, by path."""
+
+
+class Stepped(NamedTuple):
+    """What `Method.step` changed: only the leaves that did, by path and name.
+
+    ``reset`` holds masks, of shapes that broadcast to the trainable leaves they are named after:
+    where True, the optimiser forgets its moments and counts from zero.
+    """
+
+    trainable: dict[str, Factors]
+    frozen: dict[str, Factors]
+    reset: dict[str, Factors]
 
 
 @dataclass(frozen=True)
 class Method(ABC):
     """An adapter method. Subclass it, and give it one line in ``methods/__init__.py``.
 
-    The laws it must obey are in ``tests/test_laws.py``: ``delta(x) == x @ (merge(W) - W)``, merging
-    and unmerging return the kernel, every trainable leaf gets a gradient, no frozen leaf does.
+    The laws it must obey are in ``tests/test_laws.py``: ``shift + delta(x) == x @ (merge(W) - W)``,
+    merging and unmerging return the kernel, every trainable leaf gets a gradient, no frozen one
+    does.
+
+    Args:
+        dropout: share of a layer's input that the adapter does not see, anew at every training
+            step; the frozen kernel sees all of it, and so does the adapter in evaluation.
     """
 
     name: ClassVar[str]
     """What the command line and saved files call it."""
 
-    regenerates: ClassVar[bool] = True
-    """Whether ``init`` with the same key and kernel gives the frozen leaves again (then they need
-    not be saved). False for a method whose frozen leaves change while training."""
+    default_targets: ClassVar[str | tuple[str, ...]] = "all-linear"
+    """What it adapts when nobody says, in the words of `tree.select`."""
+
+    adapts_any_array: ClassVar[bool] = False
+    """Whether it can train parameters that are not matrices: biases, norms, tables."""
+
+    shares_draw: ClassVar[bool] = False
+    """Whether all kernels are drawn from the same key, and so share what they draw."""
+
+    restarts: ClassVar[bool] = False
+    """Whether `step` makes the optimiser start entries afresh, so that each needs a counter of its
+    own: `optim.scale_by_element_adam`."""
+
+    dropout: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        require_number("dropout", self.dropout, low=0)
+        if self.dropout >= 1:
+            raise UserError(f"dropout is {self.dropout}: give a number from 0, below 1")
 
     @abstractmethod
     def init(self, key: jax.Array, kernel: jax.Array) -> tuple[Factors, Factors]:
-        """``(trainable, frozen)`` float32 leaves for one kernel ``(in, out)``."""
+        """``(trainable, frozen)`` leaves for one kernel ``(in, out)``; trainable ones float32."""
 
     @abstractmethod
     def delta(self, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
@@ -61,15 +100,77 @@ class Method(ABC):
     def problems(self, n_in: int, n_out: int) -> list[str]:
         """Why this method cannot adapt a kernel of this size; empty when it can."""
 
+    def sized(self, size: int, n_in: int, n_out: int) -> "Method":
+        """The same method at another size for one kernel: what a parameter budget turns."""
+        raise UserError(f"{self.name} has no size to fit a budget with")
+
     def rows(self, ids: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
         """What is added to ``kernel[ids]``, for an embedding table. Override it where the factors
         can be indexed: this default multiplies a one-hot matrix."""
         one_hot = jax.nn.one_hot(ids, kernel.shape[0], dtype=jnp.float32)
         return self.delta(one_hot, kernel, factors)
 
+    def from_data(self, kernel: jax.Array, gradient: jax.Array, moment: jax.Array) -> Factors:
+        """All frozen leaves, from the kernel, its gradient ``(in, out)`` and the second moment of
+        its inputs ``(in, in)``, both of some batches; for methods that `needs_data`."""
+        raise NotImplementedError(f"{self.name} makes nothing from data")
+
+    def shift(self, factors: Factors) -> jax.Array | None:
+        """A dense update in the kernel's shape, added to the kernel before the layer uses it, so
+        that it costs no product of its own; None where the method has none. `delta` then gives
+        what is added beside it, and `merge` gives both."""
+        return None
+
+    def relate(self, kernels: Kernels) -> Kernels:
+        """The factors that a call uses, where kernels depend on each other; once per call."""
+        return kernels
+
+    def penalty(self, factors: Factors) -> jax.Array | float:
+        """What one kernel adds to the loss in training; the mean over the kernels is taken."""
+        return 0.0
+
+    def held(self, frozen: Factors) -> Factors:
+        """Masks of the trainable entries that the next update leaves alone, by leaf; they
+        broadcast. Those entries get no gradient and no weight decay either."""
+        return {}
+
+    def step(self, key: jax.Array, t: jax.Array, kernels: Kernels, grads: Kernels) -> Stepped:
+        """What the method does of its own after update ``t`` (int32, from 0), under ``jit``.
+
+        Args:
+            key: randomness for this step.
+            t: how many updates there were before this one.
+            kernels: the leaves of all its kernels after the update, stacked axes included.
+            grads: the gradients of the trainable leaves that led to it.
+        """
+        return Stepped({}, {}, {})
+
+    @property
+    def stored(self) -> frozenset[str]:
+        """The frozen leaves that drawing again with the same key and kernel would not give: those
+        that `step` moves, or that came from data. Checkpoints and saved adapters hold them."""
+        return frozenset()
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether its frozen leaves are 0 until `calibrate` makes them from data."""
+        return False
+
+    @property
+    def scratch(self) -> frozenset[str]:
+        """Those of `stored` that only training needs; a saved adapter does without."""
+        return frozenset()
+
+    def rate(self, schedule: Schedule, warmup_ratio: float) -> Schedule:
+        """The learning rate by update that training with this method takes, made of the one that
+        was asked for; ``warmup_ratio`` is the share of the steps it rises in."""
+        return schedule
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the fields, with the method's name under ``"method"``."""
-        return {"method": self.name, **asdict(self)}
+        values = {name: getattr(self, name) for name in self.field_names()}
+        plain = {n: v.to_dict() if isinstance(v, Method) else v for n, v in values.items()}
+        return {"method": self.name, **plain}
 
     def with_settings(self, settings: Mapping[str, Any]) -> Self:
         """The same method with other hyper-parameters, by name.
@@ -77,85 +178,48 @@ class Method(ABC):
         Raises:
             UserError: a setting that the method does not have, or a value it does not allow.
         """
-        unknown = sorted(set(settings) - set(self.field_names()))
-        if unknown:
+        return replace(self, **self.checked(settings))
+
+    @classmethod
+    def checked(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings with numbers of the fields' own types; an unknown name is a `UserError`."""
+        if unknown := sorted(set(settings) - set(cls.field_names())):
             raise UserError(
-                f"{self.name} has no option {', '.join(unknown)}: choose from "
-                f"{', '.join(self.field_names())}"
+                f"{cls.name} has no option {', '.join(unknown)}: choose from "
+                f"{', '.join(cls.field_names())}"
             )
         # JSON writes 16.0 as 16; the two must be one method, and one compiled program.
-        values = {
-            name: float(value)
-            if type(value) is int and type(getattr(self, name)) is float
-            else value
-            for name, value in settings.items()
-        }
-        return replace(self, **values)
+        hints = get_type_hints(cls)
+        return {n: float(v) if type(v) is int and hints[n] is float else v
+                for n, v in settings.items()}  # fmt: skip
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
-        """The hyper-parameters this method has."""
-        return tuple(f.name for f in fields(cls))
+        """The hyper-parameters this method has, its own first."""
+        names = [f.name for f in fields(cls)]
+        return (*names[1:], names[0])
 
 
-@dataclass(frozen=True)
-class LowRank(Method):
-    """A method whose update is a product of thin matrices: ``W' = W + M_1 @ M_2 @ ... @ M_n``.
-
-    A subclass gives `init` and `chain`; the call, the merge, embedding rows and their inverses
-    follow from the chain.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-
-    def __post_init__(self) -> None:
-        require_whole("rank", self.rank)
-        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        if not (number and 0 < self.alpha < math.inf):
-            raise UserError(f"alpha is {self.alpha!r}: give a finite number above 0")
-
-    @property
-    def scale(self) -> float:
-        """What multiplies the product of the factors: ``alpha / rank``."""
-        return self.alpha / self.rank
-
-    @abstractmethod
-    def chain(self, factors: Factors) -> Sequence[jax.Array]:
-        """The matrices of the update from ``(in, ...)`` to ``(..., out)``, the scale within."""
-
-    def delta(self, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
-        for matrix in self.chain(factors):
-            x = x @ matrix.astype(x.dtype)
-        return x
-
-    def rows(self, ids: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
-        first, *rest = self.chain(factors)
-        out = first[ids]
-        for matrix in rest:
-            out = out @ matrix
-        return out
-
-    def merge(self, kernel: jax.Array, factors: Factors) -> jax.Array:
-        return float32(kernel) + self._update(factors)
-
-    def unmerge(self, merged: jax.Array, factors: Factors) -> jax.Array:
-        return float32(merged) - self._update(factors)
-
-    def problems(self, n_in: int, n_out: int) -> list[str]:
-        if self.rank > min(n_in, n_out):
-            return [f"rank {self.rank} exceeds min(in, out) = {min(n_in, n_out)}"]
-        return []
-
-    def _update(self, factors: Factors) -> jax.Array:
-        with jax.default_matmul_precision("highest"):
-            return jnp.linalg.multi_dot([float32(m) for m in self.chain(factors)])
+def require_whole(name: str, value: Any, low: int = 1) -> None:
+    """Raise `UserError` unless ``value`` is a whole number from ``low``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise UserError(f"{name} is {value!r}: give a whole number from {low}")
 
 
-def require_whole(name: str, value: Any) -> None:
-    """Raise `UserError` unless ``value`` is a whole number from 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{name} is {value!r}: give a whole number from 1")
+def require_number(name: str, value: Any, low: float | None = None) -> None:
+    """Raise `UserError` unless ``value`` is finite, and above 0 (or from ``low``, where given)."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = number and math.isfinite(value) and (value > 0 if low is None else value >= low)
+    if not fits:
+        allowed = "above 0" if low is None else f"from {low}"
+        raise UserError(f"{name} is {value!r}: give a finite number {allowed}")
+
+
+def require_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise `UserError` unless ``value`` is one of a ``Literal``'s."""
+    assert get_origin(choices) is Literal
+    if value not in get_args(choices):
+        raise UserError(f"{name} is {value!r}: choose one of {', '.join(get_args(choices))}")
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:

@@ -1,15 +1,18 @@
-"""Optimisers that touch only the trained leaves.
+"""Optimisers for the trained leaves, each an optax transformation that chains with any other.
 
 The usual way here is to hand the optimiser `Adapter.trainable` and nothing else. For people who
-keep one tree (`adapter.join`), `trainable_mask` and `freeze` give the masked optimiser that is
-right: ``optax.masked`` alone would pass raw gradients on to the frozen leaves.
+keep one tree (`join`), `trainable_mask` and `freeze` give the masked optimiser that is right:
+``optax.masked`` alone would pass raw gradients on to the frozen leaves. `scale_by_element_adam`
+counts updates entry by entry, for methods that start parts of a factor afresh; `scale_leaves` is
+LoRA+'s learning rate per factor.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lora_mini_jax.errors import UserError
@@ -58,3 +61,99 @@ def freeze(
         return jax.tree.map(lambda flag: "train" if flag else "freeze", flags)
 
     return optax.partition({"train": tx, "freeze": optax.set_to_zero()}, labels)
+
+
+class ElementAdamState(NamedTuple):
+    """First and second moments, and how many updates each entry has had (int32), all like the
+    parameters."""
+
+    count: Any
+    mu: Any
+    nu: Any
+
+
+def scale_by_element_adam(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, count_held: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Adam's direction with a step counter for every entry, in place of one for all.
+
+    Equal to ``optax.scale_by_adam`` as long as nothing is reset. Where entries start afresh (see
+    `forget`), the bias correction is theirs: with one counter for all, an entry reset after 200
+    updates would make a first update 1.35 times too large, and in the limit 3.2 times.
+
+    Args:
+        b1, b2, eps: as for Adam.
+        count_held: count on for entries that are held (SwitchLoRA's authors' code does), so that
+            their first update is smaller; by default a held entry's counter waits.
+
+    The update takes an extra argument ``hold``, a tree of masks or None; entries where it is True
+    keep their moments, and their counter.
+
+    Example:
+        >>> tx = optax.chain(scale_by_element_adam(), optax.scale_by_learning_rate(1e-3))
+    """
+
+    def init(params: Any) -> ElementAdamState:
+        count = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.int32), params)
+        return ElementAdamState(count, optax.tree.zeros_like(params), optax.tree.zeros_like(params))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, hold: Any = None, **extra_args: Any
+    ) -> tuple[Any, ElementAdamState]:
+        def unless_held(new: Any, old: Any) -> Any:
+            if hold is None:
+                return new
+            return jax.tree.map(lambda h, n, o: jnp.where(h, o, n), hold, new, old)
+
+        def moved(average: Any, power: int, decay: float) -> Any:
+            new = jax.tree.map(lambda m, g: decay * m + (1 - decay) * g**power, average, updates)
+            return unless_held(new, average)
+
+        def direction(count: Any, mu: Any, nu: Any) -> Any:
+            # An entry that was held from the start has moments and count 0: its direction is 0.
+            count = jnp.maximum(count, 1)
+            return mu / (1 - b1**count) / (jnp.sqrt(nu / (1 - b2**count)) + eps)
+
+        count = jax.tree.map(lambda c: c + 1, state.count)
+        count = count if count_held else unless_held(count, state.count)
+        state = ElementAdamState(count, moved(state.mu, 1, b1), moved(state.nu, 2, b2))
+        return jax.tree.map(direction, *state), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def forget(tx: optax.GradientTransformation, opt_state: Any, mask: Any) -> Any:
+    """The optimiser's state with everything it keeps per entry set to zero where ``mask`` is True.
+
+    Args:
+        tx: the optimiser, any optax transformation or chain.
+        opt_state: its state.
+        mask: a tree of booleans like the parameters.
+    """
+    return optax.tree.map_params(
+        tx, lambda leaf, afresh: jnp.where(afresh, jnp.zeros_like(leaf), leaf), opt_state, mask
+    )
+
+
+def scale_leaves(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiply the updates of leaves by name; put it after the optimiser.
+
+    ``scale_leaves({"B": 16.0})`` is LoRA+ (arXiv 2402.12354): a learning rate for ``B`` that is 16
+    times that of ``A``.
+
+    Raises:
+        UserError: from the first update, a name that no leaf has.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        flat, structure = jax.tree_util.tree_flatten_with_path(updates)
+        names = [str(getattr(path[-1], "key", path[-1])) for path, _ in flat]
+        if missing := sorted(set(factors) - set(names)):
+            raise UserError(f"no trained leaf is called {', '.join(missing)}: there are "
+                            f"{', '.join(sorted(set(names)))}")  # fmt: skip
+        scaled = [
+            leaf * factors.get(name, 1.0) for name, (_, leaf) in zip(names, flat, strict=True)
+        ]
+        return structure.unflatten(scaled), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -25,16 +25,42 @@ def loss_curves(curves: Mapping[str, Points], held_out: Mapping[str, Points]) ->
     return _svg(figure)
 
 
-def loss_by_size(points: Mapping[str, Points], before: float) -> str:
-    """Held-out loss after training against the number of trained parameters, one dot a seed."""
+def loss_against(cost: str, points: Mapping[str, Points], before: float) -> str:
+    """Held-out loss after training against what it cost (``"trained parameters"``), a dot a seed.
+
+    Args:
+        cost: what the first of each pair of numbers is.
+        points: ``{run: (costs, losses)}``, a number for each seed.
+        before: the loss before training.
+    """
     figure, axes = _figure(7.5, 4)
-    for i, (name, (sizes, losses)) in enumerate(points.items()):
-        axes.plot(sizes, losses, "o", color=f"C{i}", label=name, alpha=0.8)
+    for i, (name, (costs, losses)) in enumerate(points.items()):
+        axes.plot(costs, losses, "os^v"[i // 10 % 4], color=f"C{i}", label=name, alpha=0.8)
     axes.axhline(before, color="0.6", lw=0.8, ls=":", label="before training")
     axes.set_xscale("log")
-    axes.set_xlabel("trained parameters")
+    axes.set_xlabel(cost)
     axes.set_ylabel("held-out loss, nats per token")
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _svg(figure)
+
+
+def heat_map(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    marked: Sequence[Sequence[bool | None]],
+) -> str:
+    """Numbers by row and column as shades, a dot on those that are marked, nothing where None."""
+    figure, axes = _figure(2.5 + 0.6 * len(columns), 1.6 + 0.35 * len(rows))
+    axes.grid(False)
+    shades = [[float("nan") if value is None else value for value in row] for row in values]
+    mesh = axes.pcolormesh(shades, cmap="Blues", edgecolors="w", linewidth=1)
+    dots = [(x + 0.5, y + 0.5) for y, row in enumerate(marked) for x, on in enumerate(row) if on]
+    axes.plot(*zip(*dots, strict=True), "o", color="C1", ms=6)
+    axes.set_xticks([x + 0.5 for x in range(len(columns))], columns, rotation=30, ha="right")
+    axes.set_yticks([y + 0.5 for y in range(len(rows))], rows)
+    axes.invert_yaxis()
+    figure.colorbar(mesh, ax=axes)
     return _svg(figure)
 
 

@@ -4,16 +4,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_mini_jax.adapter import Adapter, Site
+from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.methods import from_dict
+from lora_mini_jax.plan import Site
 from lora_mini_jax.sketch import sketch
 from lora_mini_jax.tree import Target, flatten
 
@@ -43,8 +44,18 @@ def to_text(
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def read_sites(record: Any, folder: Path) -> tuple[tuple[Site, ...], jax.Array]:
-    """The sites and key of ``adapter.json``, whatever is wrong with it being one line."""
+class Record(NamedTuple):
+    """What `read_record` finds; ``digests`` by path and leaf."""
+
+    base: str
+    key: jax.Array
+    sites: tuple[Site, ...]
+    digests: dict[str, dict[str, list[float]]]
+    fingerprint: list[list[float]]
+
+
+def read_record(record: Any, folder: Path) -> Record:
+    """``adapter.json`` read and checked, whatever is wrong with it being one line."""
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else type(record).__name__
         raise UserError(f"{folder}/adapter.json has format {found!r}: this version reads {FORMAT}")
@@ -58,7 +69,8 @@ def read_sites(record: Any, folder: Path) -> tuple[tuple[Site, ...], jax.Array]:
         marks = [[float(number) for number in mark] for mark in record["base_fingerprint"]]
         if key.shape != (2,) or not all(marks):
             raise ValueError("key or base_fingerprint is of the wrong shape")
-        return sites, jnp.asarray(key)
+        digests = {site["path"]: dict(site.get("digest", {})) for site in record["sites"]}
+        return Record(str(record["base"]), jnp.asarray(key), sites, digests, marks)
     except (TypeError, KeyError, IndexError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{folder}/adapter.json is damaged: {error}") from None
 
@@ -68,16 +80,18 @@ def _site(record: dict[str, Any], methods: list[Method]) -> Site:
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in record.items()
-        if name not in ("method", "digest")
+        if name not in ("method", "digest", "owner")
     }
     target = Target(**values)
     axes = sorted((*target.batch, *target.ins, *target.outs))
     whole = [*target.shape, target.stack, *axes]
     if not isinstance(target.path, str) or not all(type(number) is int for number in whole):
         raise ValueError(f"a site with path {target.path!r} and sizes {whole}")
-    if not (target.ins and target.outs) or axes != list(range(len(target.shape) - target.stack)):
+    if target.kind != "array" and not (target.ins and target.outs):
+        raise ValueError(f"{target.path} has no rows or no columns")
+    if axes != list(range(len(target.shape) - target.stack)):
         raise ValueError(f"the axes of {target.path} do not fit its shape {target.shape}")
-    return Site(target, methods[record["method"]])
+    return Site(target, methods[record["method"]], str(record.get("owner", "")))
 
 
 def fingerprint(params: Mapping[str, Any]) -> list[list[float]]:
@@ -91,7 +105,8 @@ def _site_record(site: Site, methods: list[Method], drawn_again: Factors) -> dic
               if getattr(site.target, f.name) != f.default}  # fmt: skip
     digest = {name: sketch(leaf) for name, leaf in drawn_again.items()}
     digests = {"digest": digest} if digest else {}
-    return {**target, "method": methods.index(site.method), **digests}
+    owner = {"owner": site.owner} if site.owner else {}
+    return {**target, "method": methods.index(site.method), **owner, **digests}
 
 
 def _compact(value: Any) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from lora_mini_jax.files import write_text
-from lora_mini_jax.plots import Points, loss_by_size, loss_curves
+from lora_mini_jax.files import read_json, write_text
+from lora_mini_jax.plots import Points, heat_map, loss_against, loss_curves
 
 Row = dict[str, Any]
 
@@ -17,9 +17,19 @@ COLUMNS = {
     "share": "share of the model",
     "before": "held-out loss before",
     "after": "held-out loss after",
+    "right": "examples right",
+    "step_seconds": "seconds a step",
+    "step_bytes": "bytes of a step",
     "adapter_bytes": "adapter bytes",
     "seconds": "seconds",
 }
+
+COSTS = {
+    "trainable": "trained parameters",
+    "step_bytes": "bytes of a compiled step: arguments, results, temporaries",
+    "step_seconds": "seconds a step",
+}
+"""What quality is drawn against."""
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 54em; margin: 2em auto;
@@ -45,6 +55,7 @@ def run_report(folder: Path, summary: Row, metrics: Sequence[Row]) -> Path:
         f"Fine-tuning with {name}",
         table_html([table_row(name, [summary])]),
         loss_curves({name: points(metrics, "loss")}, {name: points(metrics, "valid_loss")}),
+        matrix_html(folder / "matrix.json"),
         samples_html({name: summary["samples"]}),
         settings_html({name: summary}),
     )
@@ -57,10 +68,6 @@ def compare_report(
     runs = {label(spec): seeds for spec, seeds in runs.items()}
     first = {name: seeds[0] for name, seeds in runs.items()}
     summaries = {name: [summary for summary, _ in seeds] for name, seeds in runs.items()}
-    sizes: dict[str, Points] = {
-        name: ([s["trainable"] for s in each], [s["valid_loss_after"] for s in each])
-        for name, each in summaries.items()
-    }
     before = next(iter(first.values()))[0]["valid_loss_before"]
     return write_page(
         folder / "report.html",
@@ -70,10 +77,19 @@ def compare_report(
             {name: points(metrics, "loss") for name, (_, metrics) in first.items()},
             {name: points(metrics, "valid_loss") for name, (_, metrics) in first.items()},
         ),
-        loss_by_size(sizes, before),
+        *(loss_against(name, costs(summaries, cost), before) for cost, name in COSTS.items()),
         samples_html({name: summary["samples"] for name, (summary, _) in first.items()}),
         settings_html({name: summary for name, (summary, _) in first.items()}),
     )
+
+
+def costs(summaries: Mapping[str, Sequence[Row]], cost: str) -> dict[str, Points]:
+    """A cost and the loss it bought, by run and seed, where the cost is known."""
+    found: dict[str, Points] = {}
+    for name, each in summaries.items():
+        known = [s for s in each if s.get(cost) is not None]
+        found[name] = [s[cost] for s in known], [s["valid_loss_after"] for s in known]
+    return found
 
 
 def label(spec: str) -> str:
@@ -92,15 +108,18 @@ def table_row(name: str, seeds: Sequence[Row]) -> dict[str, str]:
         "share": f"{one['trainable_share']:.2%}",
         "before": f"{mean(s['valid_loss_before'] for s in seeds):.3f}",
         "after": f"{mean(after):.3f}{spread}",
+        "right": f"{mean(s['valid_right_after'] for s in seeds):.1%}",
+        "step_seconds": f"{mean(s['step_seconds'] for s in seeds):.3f}",
+        "step_bytes": f"{one['step_bytes']:,}" if one["step_bytes"] else "unknown",
         "adapter_bytes": f"{one['adapter_bytes']:,}",
         "seconds": f"{mean(s['seconds'] for s in seeds):.0f}",
     }
 
 
-def table_text(rows: Sequence[Mapping[str, str]]) -> str:
+def table_text(rows: Sequence[Mapping[str, str]], columns: Mapping[str, str] = COLUMNS) -> str:
     """The table for a terminal."""
-    lines = [list(COLUMNS.values()), *([row[c] for c in COLUMNS] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    lines = [list(columns.values()), *([row[c] for c in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(
         "  ".join(
@@ -111,11 +130,11 @@ def table_text(rows: Sequence[Mapping[str, str]]) -> str:
     )
 
 
-def table_html(rows: Iterable[Mapping[str, str]]) -> str:
+def table_html(rows: Iterable[Mapping[str, str]], columns: Mapping[str, str] = COLUMNS) -> str:
     """The table for a page."""
-    head = "".join(f"<th>{name}</th>" for name in COLUMNS.values())
+    head = "".join(f"<th>{name}</th>" for name in columns.values())
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(row[c])}</td>" for c in COLUMNS) + "</tr>"
+        "<tr>" + "".join(f"<td>{html.escape(row[c])}</td>" for c in columns) + "</tr>"
         for row in rows
     )
     return f"<table><tr>{head}</tr>{body}</table>"
@@ -131,6 +150,19 @@ def samples_html(samples: Mapping[str, Sequence[Row]]) -> str:
         for when, text in texts.items():
             parts.append(f"<p>{html.escape(when)}</p><pre>{prompt}{html.escape(text)}</pre>")
     return "<h2>Samples</h2>" + "".join(parts) if parts else ""
+
+
+def matrix_html(path: Path) -> str:
+    """What DiffoRA's search found, layers by modules; nothing where there was no search."""
+    if not path.exists():
+        return ""
+    matrix = read_json(path)
+    names = [column.removesuffix("/kernel") for column in matrix["columns"]]
+    return (
+        f"<h2>Search</h2><p>How far each gate was open after {matrix['steps']} steps; the kernels "
+        "with a dot were chosen.</p>"
+        + heat_map(matrix["rows"], names, matrix["gates"], matrix["chosen"])
+    )
 
 
 def settings_html(summaries: Mapping[str, Row]) -> str:

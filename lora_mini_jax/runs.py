@@ -8,37 +8,40 @@ from typing import Any
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import read_json, write_json, write_text, writing
-from lora_mini_jax.options import Finetune, differences, to_json
+from lora_mini_jax.options import Training, differences, to_json
 
 Row = dict[str, Any]
 
 
 class RunFolder:
-    """A run's folder. Opening it checks that what is there belongs to the same options.
+    """A run's folder. Opening it checks that what is there belongs to the same options; nothing is
+    written before `create`, so that a mistake in the options leaves nothing behind.
 
     Raises:
         UserError: the folder holds a run of other options (says which), or files of no run.
     """
 
-    def __init__(self, options: Finetune) -> None:
+    def __init__(self, options: Training) -> None:
         self.path = Path(options.output_dir)
-        config = to_json(options)
-        saved = self.path / "config.json"
-        if saved.exists():
-            changed = differences(read_json(saved), config, ignore=("output_dir",))
+        self._config, self._saved = to_json(options), self.path / "config.json"
+        if self._saved.exists():
+            before = read_json(self._saved)
+            changed = differences(before, self._config, ignore=("output_dir",))
             if changed:
                 raise UserError(
                     f"{self.path} holds a run of another config ({'; '.join(changed)}): give the "
                     "same options to go on with it, or another --output-dir"
                 )
-        else:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise UserError(
-                    f"{self.path} exists and is not a run folder: give another --output-dir"
-                )
-            with writing(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
-            write_json(saved, config)
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(
+                f"{self.path} exists and is not a run folder: give another --output-dir"
+            )
+
+    def create(self) -> None:
+        """Make the folder, with the options in it."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self._saved, self._config)
 
     @property
     def checkpoints(self) -> Path:
@@ -49,6 +52,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """Where the finished adapter is."""
         return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """Where the finished model of a pre-training run is."""
+        return self.path / "model"
 
     def summary(self) -> Row | None:
         """What a finished run found; None for one that is not finished."""

@@ -1,7 +1,8 @@
 """A finished adapter as a folder: ``adapter.json`` and ``adapter.safetensors``, a few kilobytes.
 
-Saved are the trained leaves, the random key, and the sites with their methods. The frozen leaves
-are drawn again when loading, and checked against a sketch; so is the base model.
+Saved are the trained leaves, the random key, the sites with their methods, and those frozen leaves
+that cannot be drawn again. The others are drawn when loading, and checked against a sketch; so is
+the base model.
 """
 
 from collections.abc import Mapping
@@ -12,11 +13,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_mini_jax.adapter import Adapter, check, draw
+from lora_mini_jax.adapter import Adapter, draw
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import new_folder, read_json, write_text, writing
 from lora_mini_jax.method import Factors
-from lora_mini_jax.record import fingerprint, read_sites, to_text
+from lora_mini_jax.plan import check
+from lora_mini_jax.record import Record, fingerprint, read_record, to_text
 from lora_mini_jax.sketch import same, sketch
 from lora_mini_jax.tree import flatten
 
@@ -51,7 +53,7 @@ def save(
     with new_folder(folder) as temporary:
         with writing(folder):
             save_file(tensors, temporary / "adapter.safetensors")
-        drawn_again = {p: own for p, own in adapter.frozen.items() if p not in stored["frozen"]}
+        drawn_again = _drawn_again(adapter, stored["frozen"])
         text = to_text(adapter, params, drawn_again=drawn_again, base=base)
         write_text(temporary / "adapter.json", text)
 
@@ -74,27 +76,38 @@ def load(
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no adapter folder {folder}")
-    record = read_json(folder / "adapter.json")
-    sites, key = read_sites(record, folder)
+    record = read_record(read_json(folder / "adapter.json"), folder)
     try:
-        check(sites)
-        drawn = draw(params, sites, key)  # checks every shape
+        check(record.sites)
+        drawn = draw(params, record.sites, record.key)  # checks every shape
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     if not allow_different_base:
-        _check_base(record["base_fingerprint"], params, folder, record["base"])
-    digests = {site["path"]: site.get("digest", {}) for site in record["sites"]}
-    adapter = _fill(drawn, _read_tensors(folder), digests, folder)
-    _check_digest(digests, adapter, folder, allow_different_base)
+        _check_base(record, params, folder)
+    adapter = _fill(drawn, _read_tensors(folder), record.digests, folder)
+    _check_digest(record.digests, adapter, folder, allow_different_base)
     return adapter
 
 
 def _stored(adapter: Adapter, store_outer: bool) -> dict[str, dict[str, Factors]]:
     """The leaves that go into the file."""
-    kept = [
-        site.target.path for site in adapter.sites if store_outer or not site.method.regenerates
-    ]
-    return {"trainable": adapter.trainable, "frozen": {p: adapter.frozen[p] for p in kept}}
+    frozen: dict[str, Factors] = {}
+    for site in adapter.sites:
+        if not site.owner:
+            leaves, method = adapter.frozen[site.target.path], site.method
+            names = set(leaves) if store_outer else method.stored
+            kept = {n: leaf for n, leaf in leaves.items() if n in names - method.scratch}
+            frozen[site.target.path] = kept
+    return {"trainable": adapter.trainable, "frozen": frozen}
+
+
+def _drawn_again(adapter: Adapter, saved: dict[str, Factors]) -> dict[str, Factors]:
+    """The frozen leaves that are not in the file and that an adapter's function depends on."""
+    scratch = {site.target.path: site.method.scratch for site in adapter.sites}
+    return {
+        path: {n: leaf for n, leaf in leaves.items() if n not in {*saved[path], *scratch[path]}}
+        for path, leaves in adapter.frozen.items()
+    }
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -113,7 +126,8 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
 def _fill(drawn: Adapter, tensors: dict[str, np.ndarray], digests: dict, folder: Path) -> Adapter:
     """The drawn adapter with the leaves of the file in their places; every misfit in one error.
 
-    A frozen leaf without a digest must be in the file: nothing would vouch for a drawn one."""
+    A frozen leaf without a digest must be in the file: nothing would vouch for a drawn one. Only
+    what training alone needs may be missing from both."""
     groups = {"trainable": flatten(drawn.trainable), "frozen": flatten(drawn.frozen)}
     wrong, filled = [], set()
     for name, tensor in tensors.items():
@@ -125,7 +139,8 @@ def _fill(drawn: Adapter, tensors: dict[str, np.ndarray], digests: dict, folder:
         else:
             groups[group][path] = jnp.asarray(tensor)
             filled.add(name)
-    vouched = {f"frozen/{path}" for path in flatten(digests)}
+    scratch = {f"{site.target.path}/{name}" for site in drawn.sites for name in site.method.scratch}
+    vouched = {f"frozen/{path}" for path in {*flatten(digests), *scratch}}
     expected = {f"{group}/{path}" for group, flat in groups.items() for path in flat}
     wrong += [f"{name} is missing" for name in sorted(expected - filled - vouched)]
     if wrong:
@@ -140,7 +155,8 @@ def _fill(drawn: Adapter, tensors: dict[str, np.ndarray], digests: dict, folder:
     return replace(drawn, **leaves)
 
 
-def _check_base(stored: list, params: Mapping[str, Any], folder: Path, base: str) -> None:
+def _check_base(record: Record, params: Mapping[str, Any], folder: Path) -> None:
+    stored, base = record.fingerprint, record.base
     here, paths = fingerprint(params), sorted(flatten(params))
     if len(stored) != len(here):
         differs = f"it had {len(stored)} parameter arrays, this one has {len(here)}"

@@ -9,23 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_mini_jax import linen
-from lora_mini_jax.adapter import Adapter, Site, plan
+from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.budget import within
 from lora_mini_jax.data import (
     Batches,
     Encoded,
     Packed,
     Tokenizer,
     encode_records,
+    examples_right,
     load_tokenizer,
     pack,
     read_records,
     token_loss,
 )
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.models import Llama, load
+from lora_mini_jax.models import Llama, LlamaConfig, load
 from lora_mini_jax.models.hub import load_config, resolve
-from lora_mini_jax.options import AdapterOptions, Finetune
-from lora_mini_jax.tree import select
+from lora_mini_jax.options import AdapterOptions, Finetune, one_or_names
+from lora_mini_jax.plan import Site, check, plan
+from lora_mini_jax.tree import parameters, select
 
 HELD_OUT_SHARE = 0.05
 
@@ -52,15 +55,26 @@ class Task:
 
     def loss(self, params: Any, adapter: Adapter, batch: Any, key: jax.Array) -> tuple[Any, Any]:
         """Mean loss over the batch's tokens that count (0 where none does), and their number."""
-        total, number = self.summed_loss(params, adapter, batch)
+        total, number = self.summed_loss(params, adapter, batch, key)
         return total / jnp.maximum(number, 1), number
 
-    def summed_loss(self, params: Any, adapter: Adapter, batch: Any) -> tuple[Any, Any]:
+    def summed_loss(
+        self, params: Any, adapter: Adapter, batch: Any, dropout_key: jax.Array | None = None
+    ) -> tuple[Any, Any]:
         """The summed loss of a batch and the number of tokens that count, float32."""
-        logits = self.apply(
-            params, adapter, batch["tokens"], batch["positions"], batch["segment_ids"]
-        )
-        return token_loss(logits, batch)
+        return token_loss(self.logits(params, adapter, batch, dropout_key), batch)
+
+    def score(self, params: Any, adapter: Adapter, batch: Any) -> tuple[Any, ...]:
+        """Summed loss, tokens that count, examples that are right, examples; float32."""
+        logits = self.logits(params, adapter, batch)
+        return *token_loss(logits, batch), *examples_right(logits, batch)
+
+    def logits(
+        self, params: Any, adapter: Adapter, batch: Any, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """(rows, length, vocabulary) float32."""
+        inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
+        return self.apply(params, adapter, *inputs, dropout_key=dropout_key)
 
 
 def prepare(options: Finetune) -> Task:
@@ -74,11 +88,7 @@ def prepare(options: Finetune) -> Task:
         raise UserError("no training data: give --data, a file, folder or hub id")
     folder = resolve(options.model)
     config = load_config(folder)
-    if options.max_length > config.max_position_embeddings:
-        raise UserError(
-            f"--max-length {options.max_length} exceeds the {config.max_position_embeddings} "
-            "positions of the model"
-        )
+    check_length(options.max_length, config)
     sites = planned_sites(options, Llama(config))
     tokenizer = load_tokenizer(folder)
     train, valid = _encode(options, tokenizer)
@@ -94,14 +104,30 @@ def prepare(options: Finetune) -> Task:
     return Task(model, params, tokenizer, sites, batches[0], batches[1], prompts, notes)
 
 
+def check_length(max_length: int, config: LlamaConfig) -> None:
+    """Raise `UserError` unless rows of this length fit the model."""
+    if max_length > config.max_position_embeddings:
+        raise UserError(
+            f"--max-length {max_length} exceeds the {config.max_position_embeddings} "
+            "positions of the model"
+        )
+
+
 def planned_sites(options: AdapterOptions, model: Llama) -> tuple[Site, ...]:
     """Which method adapts which kernel of a model; no weights are needed."""
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    chosen = select(
-        linen.targets(model, shapes, tokens), options.include(), options.exclude_modules
-    )
-    return plan(options.adapter_method(), chosen, options.parsed_overrides())
+    kernels, method = linen.targets(model, shapes, tokens), options.adapter_method()
+    everything = parameters(shapes, kernels)
+    from_these = everything if method.adapts_any_array else kernels
+    chosen = select(from_these, options.include(), options.exclude_modules)
+    save = options.modules_to_save
+    whole = select(everything, one_or_names(save)) if save else ()
+    if options.budget is None:
+        return plan(method, chosen, options.parsed_overrides(), whole)
+    sites = (*within(method, chosen, options.budget), *plan(method, (), {}, whole))
+    check(sites)
+    return sites
 
 
 def _encode(options: Finetune, tokenizer: Tokenizer) -> tuple[Encoded, Encoded]:

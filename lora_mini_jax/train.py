@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_mini_jax import moves
 from lora_mini_jax.adapter import Adapter, as_key
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.optim import forget
 
 
 @partial(
@@ -23,7 +26,8 @@ class TrainState:
 
     Attributes:
         step: updates done so far, int32 ``()``.
-        adapter: the adapter; only its ``trainable`` leaves change.
+        adapter: the adapter; its ``trainable`` leaves change, and frozen ones where the method
+            moves them (SwitchLoRA).
         opt_state: the optimiser's state for those leaves.
         key: key data (uint32) from which each step's randomness is derived by folding in ``step``.
     """
@@ -38,7 +42,12 @@ class TrainState:
         cls, adapter: Adapter, tx: optax.GradientTransformation, key: jax.Array | int = 0
     ) -> "TrainState":
         """A state at step 0. Adapter and key are copied: the step donates the state's buffers, and
-        those you hold stay yours."""
+        those you hold stay yours.
+
+        Raises:
+            UserError: an adapter whose frozen factors come from data and have not been made yet.
+        """
+        _check_calibrated(adapter)
         key = jnp.copy(jax.random.key_data(as_key(key)))
         copied = jax.tree.map(jnp.copy, adapter)
         return cls(jnp.zeros((), jnp.int32), copied, tx.init(copied.trainable), key)
@@ -86,22 +95,56 @@ def make_train_step(
     def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, Metrics]:
         adapter = state.adapter
         key = jax.random.fold_in(as_key(state.key), state.step)
+        loss_key, step_key = jax.random.split(key)
 
         def loss_of(trainable: Any) -> tuple[jax.Array, Any]:
-            out = loss_fn(params, adapter.with_trainable(trainable), batch, key)
-            return out if has_aux else (out, None)
+            now = adapter.with_trainable(trainable)
+            out = loss_fn(params, now, batch, loss_key)
+            loss, aux = out if has_aux else (out, None)
+            return loss + moves.penalty(now), (loss, aux)
 
-        (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(adapter.trainable)
+        (_, (loss, aux)), grads = jax.value_and_grad(loss_of, has_aux=True)(adapter.trainable)
         norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, adapter.trainable)
-        trainable = optax.apply_updates(adapter.trainable, updates)
+        after, opt_state = _updated(tx, adapter, grads, state.opt_state, state.step, step_key)
         fine = jnp.isfinite(loss) & jnp.isfinite(norm)
-        trainable, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(fine, new, old),
-            (trainable, opt_state),
-            (adapter.trainable, state.opt_state),
+        after, opt_state = jax.tree.map(
+            lambda new, old: new if new is old else jnp.where(fine, new, old),
+            (after, opt_state),
+            (adapter, state.opt_state),
         )
-        after = TrainState(state.step + 1, adapter.with_trainable(trainable), opt_state, state.key)
-        return after, Metrics(loss, norm, aux)
+        return TrainState(state.step + 1, after, opt_state, state.key), Metrics(loss, norm, aux)
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _check_calibrated(adapter: Adapter) -> None:
+    """Factors that are still 0 would train nothing, silently. Only shapes are known under tracing;
+    then there is nothing to check."""
+    for site in adapter.sites:
+        leaves = jax.tree.leaves(adapter.frozen.get(site.target.path, {}))
+        known = not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        if site.method.needs_data and known and not all(leaf.any() for leaf in leaves):
+            raise UserError(
+                f"the frozen factors of {site.method.name} on {site.target.path} come from data: "
+                "call lora_mini_jax.calibrate(adapter, params, loss_fn, batches) first"
+            )
+
+
+def _updated(
+    tx: optax.GradientTransformation,
+    adapter: Adapter,
+    grads: Any,
+    opt_state: Any,
+    t: jax.Array,
+    key: jax.Array,
+) -> tuple[Adapter, Any]:
+    """The adapter and the optimiser's state after the update, and after the methods' own step."""
+
+    def zero(tree: Any) -> Any:
+        return tree if hold is None else jax.tree.map(lambda h, x: jnp.where(h, 0, x), hold, tree)
+
+    hold, update = moves.held(adapter), optax.with_extra_args_support(tx).update
+    updates, opt_state = update(zero(grads), opt_state, adapter.trainable, hold=hold)
+    trainable: Any = optax.apply_updates(adapter.trainable, zero(updates))
+    after, reset = moves.step(adapter.with_trainable(trainable), grads, t, key)
+    return after, opt_state if reset is None else forget(tx, opt_state, reset)

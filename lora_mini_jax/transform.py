@@ -66,9 +66,10 @@ def _change(
     params: Mapping[str, Any], adapter: Adapter, choose: Callable[[Method], Callable]
 ) -> dict[str, Any]:
     kernels, flat = matrices(params, [s.target for s in adapter.sites]), flatten(params)
+    factors = adapter.factors()
     for site in adapter.sites:
         target, path = site.target, site.target.path
         change = over_lead(choose(site.method), len(target.lead))
-        changed = change(kernels[path], adapter.factors(path))
+        changed = change(kernels[path], factors[path])
         flat[path] = target.unmatrix(changed).astype(flat[path].dtype)
     return unflatten(flat)

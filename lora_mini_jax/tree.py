@@ -7,7 +7,7 @@ guessed from shapes. `select` picks among them.
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,8 @@ class Target:
         batch: the axes, counted after the stacked ones, that run over independent matrices.
         ins: the axes that contract with the input, counted in the same way.
         outs: the axes of the output, counted in the same way.
-        kind: ``"linear"``, or ``"embed"`` for a table whose rows are looked up.
+        kind: ``"linear"``; ``"embed"`` for a table whose rows are looked up; ``"array"`` for a
+            parameter that is no kernel (a bias, a scale): one row, all its axes are outputs.
 
     Example:
         >>> heads = Target("attn/query/kernel", (64, 4, 16), ins=(0,), outs=(1, 2))
@@ -85,6 +86,23 @@ class Target:
         return (*range(self.stack), *(self.stack + axis for axis in inner))
 
 
+def parameters(params: Mapping[str, Any], kernels: Iterable[Target]) -> tuple[Target, ...]:
+    """Every parameter as a target: the kernels as they are, all others as arrays.
+
+    For methods that can train any array, `Full` above all; the order is that of ``params``.
+
+    Example:
+        >>> up = Target("up/kernel", (8, 32))
+        >>> params = {"up": {"kernel": jnp.ones((8, 32)), "bias": jnp.ones(32)}}
+        >>> [(t.path, t.kind) for t in parameters(params, [up])]
+        [('up/kernel', 'linear'), ('up/bias', 'array')]
+    """
+    known = {target.path: target for target in kernels}
+    return tuple(
+        known.get(path) or _array(path, tuple(leaf.shape)) for path, leaf in flatten(params).items()
+    )
+
+
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A nested mapping as ``{path: leaf}``, in the tree's own order.
 
@@ -125,9 +143,10 @@ def select(
 
     Args:
         targets: those to choose from, as `linen.targets` lists them.
-        include: ``"all-linear"`` (every linear kernel but the output head), or a regular
-            expression searched for in the path, or a list of names, each one or more whole
-            components of the path (``"q_proj"``, ``"mlp/up_proj"``).
+        include: one of `PRESETS`: ``"all-linear"`` (every linear kernel but the output head),
+            ``"all"``, ``"bias-only"``, ``"head-only"``; or a regular expression searched for in
+            the path; or a list of names, each one or more whole components of the path
+            (``"q_proj"``, ``"mlp/up_proj"``).
         exclude: a regular expression or a list of names, in the same sense.
 
     Raises:
@@ -139,10 +158,10 @@ def select(
         ['up/kernel']
     """
     targets = tuple(targets)
-    if include == "all-linear":
-        chosen = [t for t in targets if t.kind == "linear" and not _names(t, OUTPUT_HEADS)]
+    if isinstance(include, str) and include in PRESETS:
+        chosen = [t for t in targets if PRESETS[include](t)]
         if not chosen:
-            raise UserError(f"'all-linear' matches no kernel; {listing(targets)}")
+            raise UserError(f"{include!r} matches no kernel; {listing(targets)}")
     else:
         chosen = [t for t in targets if matches(t, include)]
         _require_hits(targets, include)
@@ -204,6 +223,19 @@ def over_lead(function: Any, lead: int) -> Any:
 def float32(array: jax.Array) -> jax.Array:
     """The array in float32, in which every merge and every initialisation is computed."""
     return jnp.asarray(array, jnp.float32)
+
+
+PRESETS: dict[str, Callable[[Target], bool]] = {
+    "all-linear": lambda t: t.kind == "linear" and not _names(t, OUTPUT_HEADS),
+    "all": lambda t: True,
+    "bias-only": lambda t: t.path.rpartition("/")[2] == "bias",
+    "head-only": lambda t: _names(t, OUTPUT_HEADS),
+}
+"""Words that `select` knows."""
+
+
+def _array(path: str, shape: tuple[int, ...]) -> Target:
+    return Target(path, shape, ins=(), outs=tuple(range(len(shape))), kind="array")
 
 
 def _names(target: Target, names: Sequence[str]) -> bool:

@@ -14,6 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_mini_jax import Adapter, LoRA, LoRAMini, Method, Target, init, linen
+from lora_mini_jax.methods import (
+    AdaLoRA,
+    DiffoRA,
+    DoRA,
+    Full,
+    LoRAFA,
+    LoRAXS,
+    MiSS,
+    OLoRA,
+    PiSSA,
+    ReLoRA,
+    SwitchLoRA,
+    VeRA,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +38,7 @@ class Case:
     method: Method
     formula: Callable[[int, int], int]
     identity_at_start: bool = True
+    random: bool = True
 
 
 def _mini(outer_init: Any) -> Case:
@@ -33,13 +48,41 @@ def _mini(outer_init: Any) -> Case:
 
 CASES = (
     Case("lora", LoRA(rank=2, alpha=3.0), lambda n_in, n_out: 2 * (n_in + n_out)),
+    Case("rslora", LoRA(rank=2, alpha=3.0, rslora=True), lambda n_in, n_out: 2 * (n_in + n_out)),
+    Case("lora-fa", LoRAFA(rank=2, alpha=3.0), lambda n_in, n_out: 2 * n_out),
+    Case("dora", DoRA(rank=2, alpha=3.0), lambda n_in, n_out: 2 * (n_in + n_out) + n_out),
+    Case("pissa", PiSSA(rank=2, alpha=3.0), lambda n_in, n_out: 2 * (n_in + n_out), random=False),
+    Case("olora", OLoRA(rank=2, alpha=3.0), lambda n_in, n_out: 2 * (n_in + n_out), random=False),
+    Case("lora-xs", LoRAXS(rank=3, alpha=3.0), lambda n_in, n_out: 9, identity_at_start=False),
+    Case("vera", VeRA(rank=5), lambda n_in, n_out: 5 + n_out),
+    Case("miss", MiSS(rank=3), lambda n_in, n_out: 3 * n_out, random=False),
+    Case("miss-mini", MiSS(rank=3, mode="mini"), lambda n_in, n_out: 3, random=False),
+    Case("miss-bat", MiSS(rank=4, mode="bat"), lambda n_in, n_out: 4 * n_out, random=False),
+    Case("switchlora", SwitchLoRA(rank=2, interval0=4.0), lambda n_in, n_out: 2 * (n_in + n_out)),
+    Case("relora", ReLoRA(rank=2, alpha=3, reset_every=8), lambda n_in, n_out: 2 * (n_in + n_out)),
+    Case(
+        "adalora",
+        AdaLoRA(rank=4, target_rank=2, total_steps=40, delta_t=8),
+        lambda n_in, n_out: 4 * (n_in + n_out + 1),
+    ),
+    Case("full", Full(), lambda n_in, n_out: n_in * n_out, random=False),
+    Case(
+        "diffora-sigmoid",
+        DiffoRA(LoRA(rank=2, alpha=3.0)),
+        lambda n_in, n_out: 2 * (n_in + n_out) + 1,
+    ),
+    Case(
+        "diffora-softmax",
+        DiffoRA(LoRAMini(rank=2, alpha=3.0, a=4, b=5), relaxation="softmax"),
+        lambda n_in, n_out: 2 * (4 + 5) + 1,
+    ),
     _mini("normal"),
     _mini("fan_in"),
     _mini("orthogonal"),
     _mini("svd"),
 )
 
-LAYERS, WIDTH, HIDDEN, HEADS, VOCAB = 2, 16, 24, 2, 19
+LAYERS, WIDTH, HIDDEN, HEADS, VOCAB = 2, 16, 24, 2, 20
 LAYOUTS = ("plain", "remat", "scan", "scan+remat", "vmap")
 
 

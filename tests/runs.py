@@ -1,13 +1,17 @@
 """What the tests of whole runs share: a tiny model, a data file, and options for them."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from lora_mini_jax.data import Batches
 from lora_mini_jax.models import Llama, LlamaConfig, save
 from lora_mini_jax.options import Finetune
 
@@ -44,6 +48,20 @@ def write_data(path: Path, n: int = 48) -> Path:
     return path
 
 
+@contextmanager
+def stopped_at(step: int) -> Iterator[None]:
+    """Runs are interrupted when they ask for the batch of this step."""
+    batch = Batches.batch
+
+    def stopping(self: Batches, i: int) -> Any:
+        if i == step:
+            raise KeyboardInterrupt
+        return batch(self, i)
+
+    with mock.patch.object(Batches, "batch", stopping):
+        yield
+
+
 def options(folder: Path, **changes: Any) -> Finetune:
     """A run of seconds; makes the model and the data in ``folder`` where they are not there yet."""
     model, data = folder / "model", folder / "data.jsonl"
@@ -57,9 +75,7 @@ def options(folder: Path, **changes: Any) -> Finetune:
         "prompt_field": "q",
         "completion_field": "a",
         "output_dir": str(folder / "run"),
-        "rank": 2,
-        "a": 8,
-        "b": 8,
+        "settings": ("rank=2", "a=8", "b=8"),
         "max_length": 64,
         "batch_size": 4,
         "max_steps": 6,

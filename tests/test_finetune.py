@@ -11,11 +11,13 @@ import pytest
 from safetensors.numpy import load_file
 
 import lora_mini_jax.finetune as module
-from lora_mini_jax import UserError, storage
-from lora_mini_jax.finetune import finetune, learning_rate, total_steps
+from lora_mini_jax import UserError, loop, storage
+from lora_mini_jax.data import Batches
+from lora_mini_jax.finetune import finetune, total_steps
 from lora_mini_jax.models import load
 from lora_mini_jax.runs import RunFolder
-from tests.runs import options, write_data
+from lora_mini_jax.schedule import learning_rate
+from tests.runs import options, stopped_at, write_data
 
 
 @pytest.fixture(scope="module")
@@ -77,25 +79,10 @@ def test_a_finished_run_is_not_run_again(finished, monkeypatch):
     assert quiet(given) == summary
 
 
-def test_a_stopped_run_goes_on_and_ends_the_same(finished, place, monkeypatch):
+def test_a_stopped_run_goes_on_and_ends_the_same(finished, place):
     given = dataclasses.replace(finished[0], output_dir=str(place / "stopped"))
-    step = module.make_train_step
-
-    def stopping(*args, **kwargs):
-        run, calls = step(*args, **kwargs), []
-
-        def one(*inputs):
-            calls.append(1)
-            if len(calls) == 6:
-                raise KeyboardInterrupt
-            return run(*inputs)
-
-        return one
-
-    monkeypatch.setattr(module, "make_train_step", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_at(5), pytest.raises(KeyboardInterrupt):
         quiet(given)
-    monkeypatch.setattr(module, "make_train_step", step)
     quiet(given)
     for name in ("adapter.json", "adapter.safetensors"):
         ours, whole = (place / f / "adapter" / name for f in ("stopped", "finished"))
@@ -120,18 +107,20 @@ def test_a_folder_that_is_no_run_is_refused_and_kept(place):
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(place):
     given = options(place, output_dir=str(place / "diverged"), save_every=1, log_every=1)
-    step = module.make_train_step
+    step = loop.make_train_step
 
     def poisoned(loss, tx, **kwargs):
         def bad(params, adapter, batch, key):
             total, number = loss(params, adapter, batch, key)
             return jnp.where(batch["poison"], jnp.nan, total), number
 
-        run = step(bad, tx, **kwargs)
-        return lambda s, p, b: run(s, p, {**b, "poison": np.bool_(int(s.step) == 3)})
+        return step(bad, tx, **kwargs)
 
+    batch = Batches.batch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "make_train_step", poisoned)
+        patch.setattr(loop, "make_train_step", poisoned)
+        poison = lambda self, i: {**batch(self, i), "poison": np.bool_(i == 3)}  # noqa: E731
+        patch.setattr(Batches, "batch", poison)
         with pytest.raises(UserError, match=r"loss nan .* at step 4: stopped"):
             quiet(given)
     kept = {p.name for p in (place / "diverged" / "checkpoints").iterdir()}
@@ -175,8 +164,7 @@ def test_lora_runs_through_the_same_door(place):
     given = dataclasses.replace(
         options(place, max_steps=2, tensorboard=True),
         method="lora",
-        a=None,
-        b=None,
+        settings=("rank=2",),
         output_dir=str(place / "lora"),
     )
     assert quiet(given)["trainable"] == 2 * (4 * (32 + 32) + 3 * (32 + 48))

@@ -1,5 +1,6 @@
 """Each method written out again in NumPy float64: its update, its gradients and how it starts."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,12 +9,25 @@ import numpy as np
 import pytest
 
 from lora_mini_jax import LoRA, LoRAMini, UserError
-from lora_mini_jax.methods import from_dict
+from lora_mini_jax.methods import (
+    METHODS,
+    AdaLoRA,
+    DiffoRA,
+    DoRA,
+    Full,
+    LoRAFA,
+    LoRAXS,
+    MiSS,
+    OLoRA,
+    PiSSA,
+    ReLoRA,
+    SwitchLoRA,
+    VeRA,
+    from_dict,
+)
 from tests.cases import draws
 
-N_IN, N_OUT, ROWS = 11, 7, 5
-LORA = LoRA(rank=3, alpha=7.0)
-MINI = LoRAMini(rank=3, alpha=7.0, a=4, b=6)
+N_IN, N_OUT, ROWS = 12, 8, 5
 
 
 def doubles(tree: Any) -> Any:
@@ -26,52 +40,125 @@ def started(method: Any, n_in: int, n_out: int, seed: int = 0) -> tuple[Any, Any
     return kernel, *method.init(jax.random.key(seed), kernel)
 
 
-@pytest.fixture(scope="module")
-def data() -> tuple[Any, Any]:
-    return draws(jnp.zeros((ROWS, N_IN)), 1.0, 1), draws(jnp.zeros((ROWS, N_OUT)), 1.0, 2)
+def rows_of(d: Any, shape: tuple[int, int]) -> Any:
+    """``D[i mod r, o mod width]`` for every entry, entry by entry."""
+    return np.array([[d[i % len(d), o % d.shape[1]] for o in range(shape[1])]
+                     for i in range(shape[0])])  # fmt: skip
 
 
-def squared_loss(method: Any, kernel: Any, trainable: Any, frozen: Any, x: Any, y: Any) -> Any:
-    out = x @ kernel + method.delta(x, kernel, {**frozen, **trainable})
-    return 0.5 * ((out - y) ** 2).sum()
+def bat(w: Any, d: Any) -> Any:
+    """As the authors' code has it, block by block on the transposed kernel."""
+    out, r = w.T.copy(), d.shape[-1]
+    for o in range(len(out) // r):
+        for i in range(out.shape[1] // r):
+            block = np.s_[o * r : o * r + r, i * r : i * r + r]
+            out[block] += w.T[block] @ d[o] + d[o]
+    return out.T
 
 
-def test_lora_is_the_paper_s_formula(data):
-    x, y = data
-    kernel, trainable, frozen = started(LORA, N_IN, N_OUT)
-    trainable = draws(trainable, 1.0, 3)
-    loss, grads = jax.value_and_grad(squared_loss, 2)(LORA, kernel, trainable, frozen, x, y)
-
-    X, Y, W, A, B = doubles((x, y, kernel, trainable["A"], trainable["B"]))
-    scale = 7.0 / 3
-    merged = W + scale * A @ B
-    error = X @ merged - Y
-    assert frozen == {}
-    np.testing.assert_allclose(LORA.merge(kernel, trainable), merged, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(loss, 0.5 * (error**2).sum(), rtol=1e-5)
-    np.testing.assert_allclose(grads["A"], scale * X.T @ error @ B.T, rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(grads["B"], scale * (X @ A).T @ error, rtol=1e-4, atol=1e-3)
+def dora(w: Any, f: Any, at: Any) -> Any:
+    constant = np.linalg.norm(w + 7 / 3 * at["A"] @ at["B"], axis=0)
+    return f["magnitude"] * (w + 7 / 3 * f["A"] @ f["B"]) / constant
 
 
-def test_lora_mini_is_the_paper_s_formula(data):
-    x, y = data
-    kernel, trainable, frozen = started(MINI, N_IN, N_OUT)
-    trainable = draws(trainable, 1.0, 3)
-    loss, grads = jax.value_and_grad(squared_loss, 2)(MINI, kernel, trainable, frozen, x, y)
+def difference(w: Any, f: Any, at: Any) -> Any:
+    return w + 7 / 3 * (f["A"] @ f["B"] - f["A0"] @ f["B0"])
 
-    X, Y, W, A, B = doubles((x, y, kernel, trainable["A"], trainable["B"]))
-    L, R = doubles((frozen["A_aux"], frozen["B_aux"]))
-    scale = 7.0 / 3
-    merged = W + scale * L @ A @ B @ R
-    error = X @ merged - Y
-    assert (L.shape, A.shape, B.shape, R.shape) == ((N_IN, 4), (4, 3), (3, 6), (6, N_OUT))
-    factors = {**trainable, **frozen}
-    np.testing.assert_allclose(MINI.merge(kernel, factors), merged, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(loss, 0.5 * (error**2).sum(), rtol=1e-5)
-    wanted_a = scale * (X @ L).T @ error @ (B @ R).T
-    wanted_b = scale * (X @ L @ A).T @ error @ R.T
-    np.testing.assert_allclose(grads["A"], wanted_a, rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(grads["B"], wanted_b, rtol=1e-4, atol=1e-3)
+
+# Each method's merged kernel from the kernel ``w`` and the factors ``f``. ``at`` are the factors
+# again: where the paper takes something as constant in the backward pass, it is computed of them.
+EQUATIONS: list[tuple[Any, Callable]] = [
+    (LoRA(rank=3, alpha=7.0), lambda w, f, at: w + 7 / 3 * f["A"] @ f["B"]),
+    (LoRA(rank=3, alpha=7.0, rslora=True), lambda w, f, at: w + 7 / 3**0.5 * f["A"] @ f["B"]),
+    (LoRAFA(rank=3, alpha=7.0), lambda w, f, at: w + 7 / 3 * f["A"] @ f["B"]),
+    (LoRAMini(rank=3, alpha=7.0, a=4, b=6),
+     lambda w, f, at: w + 7 / 3 * f["A_aux"] @ f["A"] @ f["B"] @ f["B_aux"]),
+    (LoRAXS(rank=3, alpha=7.0), lambda w, f, at: w + 7 / 3 * f["A"] @ f["R"] @ f["B"]),
+    (VeRA(rank=5), lambda w, f, at: w + f["A"] @ np.diag(f["d"]) @ f["B"] @ np.diag(f["b"])),
+    (DoRA(rank=3, alpha=7.0), dora),
+    (PiSSA(rank=3, alpha=7.0), difference),
+    (OLoRA(rank=3, alpha=7.0), difference),
+    (AdaLoRA(rank=3, alpha=7.0, target_rank=2, total_steps=100),
+     lambda w, f, at: w + 7 / (3 + 1e-5) * f["A"] @ np.diag(f["E"]) @ f["B"]),
+    (MiSS(rank=5), lambda w, f, at: w + rows_of(f["D"], w.shape)),
+    (MiSS(rank=5, mode="mini", mini_rank=4), lambda w, f, at: w + rows_of(f["D"], w.shape)),
+    (MiSS(rank=4, mode="bat"), lambda w, f, at: bat(w, f["D"])),
+    (Full(), lambda w, f, at: w + f["dense"]),
+    (SwitchLoRA(rank=3), lambda w, f, at: w + f["dense"] + f["A"] @ f["B"] / 3),
+    (ReLoRA(rank=3, alpha=7.0), lambda w, f, at: w + f["dense"] + 7 / 3 * f["A"] @ f["B"]),
+    (DiffoRA(inner=LoRA(rank=3, alpha=7.0)),
+     lambda w, f, at: w + 7 / 3 * f["A"] @ f["B"] / (1 + np.exp(-f["gate"]))),
+]  # fmt: skip
+
+
+def test_every_method_has_its_equation():
+    assert {type(method) for method, _ in EQUATIONS} == set(METHODS.values())
+
+
+@pytest.mark.parametrize(("method", "merged"), EQUATIONS, ids=lambda m: getattr(m, "name", ""))
+def test_a_method_is_its_equation(method: Any, merged: Callable):
+    """Merged kernel, loss and gradients, these by central differences in float64."""
+    kernel, trainable, frozen = started(method, N_IN, N_OUT)
+    trainable = draws(trainable, 0.5, 3)
+    x, y = draws(jnp.zeros((ROWS, N_IN)), 1.0, 1), draws(jnp.zeros((ROWS, N_OUT)), 1.0, 2)
+
+    def ours(trainable: Any) -> jax.Array:
+        factors = {**frozen, **trainable}
+        shift = method.shift(factors)
+        used = kernel if shift is None else kernel + shift
+        out = x @ used + method.delta(x, used, factors)
+        return 0.5 * ((out - y) ** 2).sum()
+
+    loss, grads = jax.value_and_grad(ours)(trainable)
+    X, Y, W, leaves, fixed = doubles((x, y, kernel, trainable, frozen))
+    at = {**fixed, **leaves}
+    np.testing.assert_allclose(method.merge(kernel, {**frozen, **trainable}), merged(W, at, at),
+                               rtol=1e-5, atol=1e-5)  # fmt: skip
+
+    def theirs(name: str, leaf: Any) -> float:
+        return 0.5 * ((X @ merged(W, {**at, name: leaf}, at) - Y) ** 2).sum()
+
+    np.testing.assert_allclose(loss, 0.5 * ((X @ merged(W, at, at) - Y) ** 2).sum(), rtol=1e-5)
+    for name, leaf in leaves.items():
+        slopes = np.zeros_like(leaf)
+        for i in np.ndindex(leaf.shape):
+            step = np.zeros_like(leaf)
+            step[i] = 1e-5
+            slopes[i] = (theirs(name, leaf + step) - theirs(name, leaf - step)) / 2e-5
+        np.testing.assert_allclose(grads[name], slopes, rtol=2e-4, atol=2e-4 * abs(slopes).max())
+
+
+def test_pissa_starts_at_the_principal_part_and_olora_at_the_qr_decomposition():
+    kernel, factors, start = started(PiSSA(rank=3, alpha=7.0), N_IN, N_OUT)
+    u, s, vt = np.linalg.svd(doubles(kernel))
+    wanted = u[:, :3] * s[:3] @ vt[:3]
+    np.testing.assert_allclose(
+        7 / 3 * doubles(start["A0"]) @ doubles(start["B0"]), wanted, atol=1e-6
+    )
+    assert all(np.array_equal(factors[n], start[n + "0"]) for n in "AB")
+    kernel, factors, start = started(OLoRA(rank=3), N_IN, N_OUT)
+    q, r = np.linalg.qr(doubles(kernel).T)
+    wanted = (q[:, :3] @ r[:3]).T
+    np.testing.assert_allclose(doubles(start["A0"]) @ doubles(start["B0"]), wanted, atol=1e-6)
+    np.testing.assert_allclose(start["B0"] @ start["B0"].T, np.eye(3), atol=1e-5)
+
+
+def test_dora_starts_at_the_columns_norms_and_vera_at_its_constants():
+    kernel, trainable, _ = started(DoRA(rank=3), N_IN, N_OUT)
+    norms = np.linalg.norm(doubles(kernel), axis=0)
+    np.testing.assert_allclose(trainable["magnitude"], norms, rtol=1e-5)
+    _, trainable, frozen = started(VeRA(rank=64), 96, 80)
+    assert (trainable["d"] == 0.1).all()
+    assert not trainable["b"].any()
+    uniform_within(frozen["A"], (6 / 96) ** 0.5)
+    uniform_within(frozen["B"], (6 / 64) ** 0.5)
+
+
+def test_vera_s_kernels_take_parts_of_the_same_factors():
+    _, _, small = started(VeRA(rank=5), 6, 4)
+    _, _, large = started(VeRA(rank=5), 9, 7)
+    np.testing.assert_allclose(small["A"] * 6**0.5, large["A"][:6] * 9**0.5, rtol=1e-5)
+    np.testing.assert_array_equal(small["B"], large["B"][:, :4])
 
 
 def uniform_within(values: Any, bound: float) -> None:
@@ -148,6 +235,10 @@ BAD_MINI = [{"a": 0}, {"b": 0}, {"a": 2.0}, {"rank": 9, "a": 8}, {"rank": 9, "b"
     "record",
     [{"method": m, **bad} for m in ("lora", "lora-mini") for bad in BAD]
     + [{"method": "lora-mini", **bad} for bad in BAD_MINI]
+    + [{"method": "miss", **bad} for bad in ({"rank": 0}, {"mini_rank": 0}, {"mode": "bone"})]
+    + [{"method": "vera", **bad} for bad in ({"rank": 0}, {"d_initial": 0.0})]
+    + [{"method": "lora", **bad} for bad in ({"rslora": 1}, {"dropout": 1.0}, {"dropout": -0.1})]
+    + [{"method": "full", "dropout": 0.1}]
     + [{"method": "lora", "a": 4}, {"method": "nope"}, {}],
     ids=str,
 )
@@ -168,6 +259,11 @@ def test_a_bad_setting_is_refused_in_one_line_that_names_it(record: dict[str, An
         (LoRAMini(rank=2, a=3, b=10), 9, 9, "b = 10"),
         (LoRAMini(rank=2, a=8, b=3, outer_init="svd"), 9, 7, "a = 8"),
         (LoRAMini(rank=2, a=3, b=8, outer_init="svd"), 7, 9, "b = 8"),
+        (LoRAXS(rank=5), 4, 9, "rank 5"),
+        (MiSS(rank=5), 4, 9, "rank 5"),
+        (MiSS(rank=5, mode="mini", mini_rank=4), 20, 9, "mini_rank 4"),
+        (MiSS(rank=5, mode="bat"), 20, 9, "rank 5"),
+        (MiSS(rank=5, mode="bat"), 9, 20, "rank 5"),
     ],
 )
 def test_a_size_beyond_the_kernel_is_a_problem(method: Any, n_in: int, n_out: int, named: str):

@@ -1,6 +1,9 @@
-"""LoRA equals Hugging Face's PEFT: the same weights give the same outputs, gradients and steps."""
+"""The methods that Hugging Face's PEFT has too: the same weights give the same outputs, gradients,
+updates and merged weights."""
 
 import os
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import flax.linen as nn
@@ -10,14 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from lora_mini_jax import (
-    LoRA,
-    TrainState,
-    init,
-    linen,
-    make_train_step,
-    merge,
-)
+from lora_mini_jax import LoRA, TrainState, init, linen, make_train_step, merge, select, unmerge
+from lora_mini_jax.methods import AdaLoRA, DoRA, MiSS, OLoRA, PiSSA, VeRA
 
 if os.environ.get("CI"):
     import peft
@@ -27,10 +24,10 @@ else:
     peft = pytest.importorskip("peft")
 
 VOCAB, WIDTH, HIDDEN, OUT = 13, 8, 10, 6
-METHOD = LoRA(rank=3, alpha=5.0)
-NAMES = ("embed", "up", "down")
 RNG = np.random.default_rng(0)
 IDS, GOAL = RNG.integers(0, VOCAB, (4, 5)), RNG.normal(size=(4, 5, OUT)).astype(np.float32)
+WEIGHT = {"embed": "embedding", "up": "kernel", "down": "kernel"}
+ALL, LINEAR = ("embed", "up", "down"), ("up", "down")
 
 
 class Flax(nn.Module):
@@ -51,121 +48,207 @@ class Torch(torch.nn.Module):
         return self.down(torch.tanh(self.up(self.embed(ids))))
 
 
+@dataclass(frozen=True)
+class Row:
+    """A method here and in PEFT: PEFT's configuration, the attribute of its layers that holds each
+    of our trained leaves, which layers are adapted, and which leaves start at random."""
+
+    method: Any
+    config: str
+    settings: dict[str, Any]
+    leaves: dict[str, str]
+    layers: tuple[str, ...] = LINEAR
+    drawn: tuple[str, ...] = ()
+
+
+def lora(method: Any, layers: tuple[str, ...] = ALL, **settings: Any) -> Row:
+    leaves = {"A": "lora_A", "B": "lora_B"}
+    if method.name == "dora":
+        leaves["magnitude"] = "lora_magnitude_vector"
+    return Row(method, "LoraConfig", {"r": 3, "lora_alpha": 5, **settings}, leaves, layers, ("A",))
+
+
+def miss(mode: Any, rank: int, init_weights: Any) -> Row:
+    settings = {"r": rank, "mini_r": 2, "init_weights": init_weights}
+    return Row(MiSS(rank, mode, mini_rank=2), "MissConfig", settings, {"D": "miss_block"})
+
+
+ROWS = {
+    "lora": lora(LoRA(3, alpha=5.0)),
+    "rslora": lora(LoRA(3, alpha=5.0, rslora=True), use_rslora=True),
+    "dora": lora(DoRA(3, alpha=5.0), use_dora=True),
+    "pissa": lora(PiSSA(3, alpha=5.0), LINEAR, init_lora_weights="pissa"),
+    "olora": lora(OLoRA(3, alpha=5.0), LINEAR, init_lora_weights="olora"),
+    "vera": Row(VeRA(3), "VeraConfig", {"r": 3}, {"d": "vera_lambda_d", "b": "vera_lambda_b"}),
+    "adalora": Row(
+        AdaLoRA(3, alpha=5.0, target_rank=2, total_steps=9, tinit=5, orth_reg_weight=0.0),
+        "AdaLoraConfig",
+        {"init_r": 3, "target_r": 2, "lora_alpha": 5, "total_step": 9},
+        {"A": "lora_A", "E": "lora_E", "B": "lora_B"},
+        drawn=("A", "B"),
+    ),
+    "miss": miss("miss", 3, True),  # 3 divides neither 8 nor 10
+    "miss-mini": miss("mini", 3, "mini"),
+    "miss-bat": miss("bat", 2, "bat"),
+}
+LAYOUT = {"A": np.transpose, "B": np.transpose, "E": np.ravel}
+"""PEFT's arrays to ours, by leaf; the others are alike."""
+
+
+class Pair:
+    """A PEFT model whose factors are moved from where they start, and the same weights here."""
+
+    def __init__(self, name: str, noise: float = 0.2):
+        torch.manual_seed(0)
+        base, row = Torch(), ROWS[name]
+        self.row, self.model, self.params = row, Flax(), weights(base)
+        config = getattr(peft, row.config)(target_modules=list(row.layers), **row.settings)
+        self.peft = peft.get_peft_model(base, config)
+        self.layers = {name: getattr(self.peft.base_model.model, name) for name in row.layers}
+        with torch.no_grad():
+            for layer, leaf in product(self.layers.values(), row.leaves):
+                tensor = self.tensor(layer, leaf)
+                tensor.add_(noise * torch.randn_like(tensor))
+        targets = select(linen.targets(self.model, self.params, IDS), list(row.layers))
+        self.drawn = init(self.params, row.method, targets)
+        self.adapter = self.drawn.with_trainable(self.theirs())
+        if name == "vera":
+            self.adapter = replace(self.adapter, frozen=self.vera_s())
+
+    def tensor(self, layer: Any, leaf: str) -> Any:
+        """PEFT's tensor for one of our leaves; an embedding's has a name of its own."""
+        held = getattr(layer, self.row.leaves[leaf])
+        if "default" not in held:
+            held = getattr(layer, self.row.leaves[leaf].replace("lora_", "lora_embedding_"))
+        return getattr(held["default"], "weight", held["default"])
+
+    def theirs(self, of: Any = lambda tensor: tensor) -> dict[str, dict[str, Any]]:
+        """PEFT's factors (or their gradients) under our names and in our layout."""
+        return {
+            f"{name}/{WEIGHT[name]}": {
+                leaf: LAYOUT.get(leaf, np.asarray)(arrays(of(self.tensor(layer, leaf))))
+                for leaf in self.row.leaves
+            }
+            for name, layer in self.layers.items()
+        }
+
+    def vera_s(self) -> dict[str, dict[str, Any]]:
+        """VeRA's random factors: PEFT has two for all layers, and cuts them to each one's size."""
+        return {
+            f"{name}/kernel": {
+                "A": arrays(layer.vera_A["default"])[:, : layer.in_features].T,
+                "B": arrays(layer.vera_B["default"])[: layer.out_features].T,
+            }
+            for name, layer in self.layers.items()
+        }
+
+    def loss(self, params: Any, adapter: Any, batch: Any = IDS, key: Any = None) -> jax.Array:
+        return ((linen.adapt(self.model)(params, adapter, batch) - GOAL) ** 2).mean()
+
+    def peft_loss(self) -> Any:
+        return ((self.peft(torch.tensor(IDS)) - torch.tensor(GOAL)) ** 2).mean()
+
+    def peft_weights(self) -> Any:
+        return weights(self.peft.base_model.model)
+
+    def residual(self) -> Any:
+        """Our weights less what PEFT takes out of them at the start."""
+        none = {path: {leaf: x if leaf == "magnitude" else 0 * x for leaf, x in own.items()}
+                for path, own in self.drawn.trainable.items()}  # fmt: skip
+        return merge(self.params, self.drawn.with_trainable(none))
+
+
 def arrays(tensor: Any) -> np.ndarray:
     return tensor.detach().numpy().copy()
 
 
-def torch_loss(model: Any) -> Any:
-    return ((model(torch.tensor(IDS)) - torch.tensor(GOAL)) ** 2).mean()
-
-
-class Pair:
-    """A PEFT model with random A and B, and the same weights here."""
-
-    def __init__(self):
-        torch.manual_seed(0)
-        config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=list(NAMES), lora_dropout=0.0)
-        self.peft = peft.get_peft_model(Torch(), config)
-        self.layers = {name: getattr(self.peft.base_model.model, name) for name in NAMES}
-        with torch.no_grad():
-            for layer in self.layers.values():
-                for factor in self._factors(layer):
-                    factor.copy_(0.3 * torch.randn_like(factor))
-        weights = {name: layer.get_base_layer() for name, layer in self.layers.items()}
-        self.params: Any = {
-            "embed": {"embedding": arrays(weights["embed"].weight)},
-            **{
-                name: {"kernel": arrays(weights[name].weight).T, "bias": arrays(weights[name].bias)}
-                for name in ("up", "down")
-            },
-        }
-        self.model = Flax()
-        targets = linen.targets(self.model, self.params, IDS)
-        assert len(targets) == 3
-        self.adapter = init(self.params, METHOD, targets).with_trainable(self.theirs())
-
-    @staticmethod
-    def _factors(layer: Any) -> tuple[Any, Any]:
-        """PEFT's A ``(rank, in)`` and B ``(out, rank)``: an embedding has its own names."""
-        if "default" in layer.lora_embedding_A:
-            return layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
-        return layer.lora_A["default"].weight, layer.lora_B["default"].weight
-
-    def theirs(self, of: Any = arrays) -> dict[str, dict[str, Any]]:
-        """PEFT's factors (or their gradients) under our names and in our layout."""
-        found = {}
-        for name, layer in self.layers.items():
-            a, b = (jnp.asarray(of(factor).T) for factor in self._factors(layer))
-            leaf = "embedding" if name == "embed" else "kernel"
-            found[f"{name}/{leaf}"] = {"A": a, "B": b}
-        return found
-
-    def loss(self, params: Any, adapter: Any, batch: Any = IDS, key: Any = None) -> jax.Array:
-        return ((linen.adapt(self.model)(params, adapter, batch) - GOAL) ** 2).mean()
+def weights(model: Any) -> Any:
+    """A PyTorch model's own weights in Flax layout."""
+    layers = {n: getattr(getattr(model, n), "base_layer", getattr(model, n)) for n in ALL}
+    return {"embed": {"embedding": arrays(layers["embed"].weight)}} | {
+        name: {"kernel": arrays(layers[name].weight).T, "bias": arrays(layers[name].bias)}
+        for name in LINEAR
+    }
 
 
 def close(ours: Any, theirs: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
 
 
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return Pair()
+every_row = pytest.mark.parametrize("name", ROWS)
 
 
-def test_outputs_and_loss_are_peft_s(pair: Pair):
-    close(linen.adapt(pair.model)(pair.params, pair.adapter, IDS),
-          arrays(pair.peft(torch.tensor(IDS))))  # fmt: skip
-    close(pair.loss(pair.params, pair.adapter), arrays(torch_loss(pair.peft)))
+@every_row
+def test_outputs_loss_and_gradients_are_peft_s(name: str):
+    pair = Pair(name)
+    outputs = linen.adapt(pair.model)(pair.params, pair.adapter, IDS)
+    close(outputs, arrays(pair.peft(torch.tensor(IDS))))
+    plain = pair.model.apply({"params": pair.params}, IDS)
+    assert np.abs(outputs - plain).max() > 0.01
 
-
-def test_gradients_of_both_factors_are_peft_s(pair: Pair):
     def loss(trainable: Any) -> jax.Array:
         return pair.loss(pair.params, pair.adapter.with_trainable(trainable))
 
-    pair.peft.zero_grad()
-    torch_loss(pair.peft).backward()
-    theirs = pair.theirs(lambda factor: arrays(factor.grad))
-    assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(theirs))
-    close(jax.grad(loss)(pair.adapter.trainable), theirs)
+    value, grads = jax.value_and_grad(loss)(pair.adapter.trainable)
+    wanted = pair.peft_loss()
+    wanted.backward()
+    close(value, arrays(wanted))
+    theirs = pair.theirs(lambda tensor: tensor.grad)
+    assert all(np.abs(grad).max() > 1e-4 for grad in jax.tree.leaves(theirs))
+    close(grads, theirs)
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
-def test_three_steps_are_peft_s(optimiser: str):
-    pair = Pair()
+@pytest.mark.parametrize(("name", "optimiser"), [("lora", "sgd"), *((n, "adam") for n in ROWS)])
+def test_three_updates_are_peft_s(name: str, optimiser: str):
+    pair = Pair(name)
     tx = {"sgd": optax.sgd, "adam": optax.adam}[optimiser](0.05)
     parameters = [p for p in pair.peft.parameters() if p.requires_grad]
     tool = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimiser](parameters, lr=0.05)
     step, state = make_train_step(pair.loss, tx), TrainState.create(pair.adapter, tx)
     for _ in range(3):
         tool.zero_grad()
-        loss = torch_loss(pair.peft)
+        loss = pair.peft_loss()
         loss.backward()
         tool.step()
         state, metrics = step(state, pair.params, IDS)
         close(metrics.loss, arrays(loss))
     close(state.adapter.trainable, pair.theirs())
-    before, after = (x.trainable["up/kernel"]["A"] for x in (pair.adapter, state.adapter))
-    assert np.abs(after - before).max() > 1e-3
+    before, after = map(jax.tree.leaves, (pair.adapter.trainable, state.adapter.trainable))
+    assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(before, after, strict=True))
 
 
-def test_merged_weights_are_peft_s():
-    pair = Pair()
-    ours, theirs = merge(pair.params, pair.adapter), pair.peft.merge_and_unload()
-    close(ours["embed"]["embedding"], arrays(theirs.embed.weight))
-    for name in ("up", "down"):
-        close(ours[name]["kernel"], arrays(getattr(theirs, name).weight).T)
+@every_row
+def test_merged_and_unmerged_weights_are_peft_s(name: str):
+    pair = Pair(name)
+    merged = merge(pair.params, pair.adapter)
+    pair.peft.merge_adapter()
+    close(merged, pair.peft_weights())
+    close(unmerge(merged, pair.adapter), pair.params)
+    pair.peft.unmerge_adapter()
+    close(pair.residual(), pair.peft_weights())
 
 
-def test_a_new_lora_starts_as_peft_s_does():
-    """The same law for A (uniform, the fan-in's bound) and zeros for B."""
+@every_row
+def test_a_new_adapter_starts_as_peft_s_does(name: str):
+    """But for random leaves; and PEFT starts a table's A at zero in place of its B."""
+    pair = Pair(name, noise=0.0)
+    close(pair.residual(), pair.peft_weights())
+    for path, theirs in pair.theirs().items():
+        ours = pair.drawn.trainable[path]
+        if name in ("pissa", "olora"):  # a decomposition leaves the signs open
+            close(ours["A"] @ ours["B"], theirs["A"] @ theirs["B"])
+            close(np.abs(ours["A"]), np.abs(theirs["A"]))
+        else:
+            free = {*pair.row.drawn, *(("A", "B") if "embed" in path else ())}
+            close({n: ours[n] for n in set(ours) - free}, {n: theirs[n] for n in set(ours) - free})
+
+
+def test_a_new_lora_s_a_has_peft_s_distribution():
     torch.manual_seed(0)
     layer = torch.nn.Sequential(torch.nn.Linear(200, 50))
     config = peft.LoraConfig(r=8, target_modules=["0"])
     theirs = peft.get_peft_model(layer, config).base_model.model[0]
-    kernel = jnp.zeros((200, 50))
-    a = np.asarray(LoRA(rank=8).init(jax.random.key(0), kernel)[0]["A"])
+    a = np.asarray(LoRA(rank=8).init(jax.random.key(0), jnp.zeros((200, 50)))[0]["A"])
     b = arrays(theirs.lora_A["default"].weight)
-    assert not theirs.lora_B["default"].weight.any()
     np.testing.assert_allclose(np.abs(a).max(), np.abs(b).max(), rtol=0.02)
     np.testing.assert_allclose(a.std(), b.std(), rtol=0.06)

@@ -2,14 +2,16 @@
 
 The steps, each a plain function: ``read_records`` (files, folders, hub ids), ``load_tokenizer``,
 ``encode_records`` (text, prompt and completion, chat), ``pack`` (many examples to a row) and
-``Batches`` (a pure function from the step to the batch); ``token_loss`` closes the circle.
+``Batches`` (a pure function from the step to the batch); ``token_loss`` closes the circle. Whole
+text files, for pre-training, come in through ``find_texts`` and ``encode_texts``.
 """
 
 from lora_mini_jax.data.batches import Batches, Packed, pack
 from lora_mini_jax.data.examples import Encoded, Example, encode_records
 from lora_mini_jax.data.fields import Fields
-from lora_mini_jax.data.loss import token_loss
+from lora_mini_jax.data.loss import examples_right, token_loss
 from lora_mini_jax.data.records import read_records
+from lora_mini_jax.data.texts import encode_texts, find_texts, hold_out, thinned
 from lora_mini_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -20,8 +22,13 @@ __all__ = [
     "Packed",
     "Tokenizer",
     "encode_records",
+    "encode_texts",
+    "examples_right",
+    "find_texts",
+    "hold_out",
     "load_tokenizer",
     "pack",
     "read_records",
+    "thinned",
     "token_loss",
 ]

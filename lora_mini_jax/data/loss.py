@@ -48,3 +48,38 @@ def token_loss(
     # A choice and not a product: 0 * NaN is NaN.
     total = jnp.where(counted, losses, 0.0).sum()
     return total, counted.sum(dtype=jnp.float32)
+
+
+def examples_right(
+    logits: jax.Array, batch: Mapping[str, jax.Array | np.ndarray]
+) -> tuple[jax.Array, jax.Array]:
+    """How many examples have every token that counts as the likeliest one, and how many there are.
+
+    Each token is predicted from the true ones before it. Where the completion is a label, this
+    counts the right classifications.
+
+    Args:
+        logits: as for `token_loss`.
+        batch: ``tokens``, ``loss_mask`` and ``segment_ids``, each (rows, length).
+
+    Returns:
+        Two float32 scalars.
+
+    Example:
+        >>> batch = {"tokens": np.array([[0, 1, 1]]), "loss_mask": np.array([[False, True, True]]),
+        ...          "segment_ids": np.array([[1, 1, 1]])}
+        >>> [float(n) for n in examples_right(jax.nn.one_hot(np.array([[1, 0, 0]]), 2), batch)]
+        [0.0, 1.0]
+    """
+    tokens, counted = jnp.asarray(batch["tokens"])[:, 1:], jnp.asarray(batch["loss_mask"])[:, 1:]
+    wrong = counted & (logits[:, :-1].argmax(-1) != tokens)
+    rows, length = wrong.shape
+    # An example is a segment of a row; ids of padding, 0, never count.
+    example = jnp.arange(rows)[:, None] * (length + 2) + jnp.asarray(batch["segment_ids"])[:, 1:]
+
+    def any_in_example(flags: jax.Array) -> jax.Array:
+        flat = flags.reshape(-1).astype(jnp.int32)
+        return jax.ops.segment_max(flat, example.reshape(-1), rows * (length + 2)) > 0
+
+    there, failed = any_in_example(counted), any_in_example(wrong)
+    return (there & ~failed).sum(dtype=jnp.float32), there.sum(dtype=jnp.float32)

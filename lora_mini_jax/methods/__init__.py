@@ -1,17 +1,40 @@
 """The methods by name. A new one is its own file and one line here."""
 
-from typing import Any
+from typing import Any, get_type_hints
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Method
-from lora_mini_jax.methods.lora import LoRA
+from lora_mini_jax.methods.adalora import AdaLoRA
+from lora_mini_jax.methods.diffora import DiffoRA
+from lora_mini_jax.methods.dora import DoRA
+from lora_mini_jax.methods.full import Full
+from lora_mini_jax.methods.lora import LoRA, LoRAFA
 from lora_mini_jax.methods.lora_mini import LoRAMini
+from lora_mini_jax.methods.lora_xs import LoRAXS
+from lora_mini_jax.methods.miss import MiSS
+from lora_mini_jax.methods.pissa import OLoRA, PiSSA
+from lora_mini_jax.methods.relora import ReLoRA
+from lora_mini_jax.methods.switch_lora import SwitchLoRA
+from lora_mini_jax.methods.vera import VeRA
+from lora_mini_jax.spec import split_spec
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        LoRA,
         LoRAMini,
+        LoRA,
+        LoRAFA,
+        DoRA,
+        PiSSA,
+        OLoRA,
+        LoRAXS,
+        VeRA,
+        MiSS,
+        SwitchLoRA,
+        ReLoRA,
+        AdaLoRA,
+        DiffoRA,
+        Full,
     )
 }
 
@@ -24,14 +47,34 @@ def method_class(name: str) -> type[Method]:
 
 
 def from_dict(record: dict[str, Any]) -> Method:
-    """The inverse of `Method.to_dict`. A missing field takes its default.
+    """The inverse of `Method.to_dict`. A missing field takes its default; a method within a method
+    may be a dict or a spec.
 
     Raises:
         UserError: an unknown method or field, or a value of the wrong type.
 
     Example:
         >>> from_dict({"method": "lora", "rank": 4})
-        LoRA(rank=4, alpha=16.0)
+        LoRA(dropout=0.0, rank=4, alpha=16.0, rslora=False)
     """
     settings = dict(record)
-    return method_class(settings.pop("method", ""))().with_settings(settings)
+    cls = method_class(settings.pop("method", ""))
+    hints = get_type_hints(cls)
+    for name, value in settings.items():
+        if hints.get(name) is Method and isinstance(value, str | dict):
+            settings[name] = from_spec(value) if isinstance(value, str) else from_dict(value)
+    return cls(**cls.checked(settings))
+
+
+def from_spec(text: str) -> Method:
+    """A method from its name and settings in words, see `split_spec`.
+
+    Raises:
+        UserError: as `from_dict`.
+
+    Example:
+        >>> from_spec("lora:rank=4").n_trainable(64, 32)
+        384
+    """
+    name, settings = split_spec(text)
+    return from_dict({**settings, "method": name})

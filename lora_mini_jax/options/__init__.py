@@ -1,9 +1,11 @@
 """The options of every command: typed, checked before any work, readable from a JSON file."""
 
-from lora_mini_jax.options.adapter import BASE, AdapterOptions
-from lora_mini_jax.options.commands import Demo, Generate, Inspect, Merge
+from lora_mini_jax.options.adapter import BASE, AdapterOptions, MethodOptions, one_or_names
+from lora_mini_jax.options.commands import Demo, Generate, Inspect, Merge, Methods
 from lora_mini_jax.options.config_file import differences, from_file, to_json
 from lora_mini_jax.options.finetune import Compare, Finetune
+from lora_mini_jax.options.pretrain import Pretrain
+from lora_mini_jax.options.training import Training
 
 __all__ = [
     "BASE",
@@ -14,7 +16,12 @@ __all__ = [
     "Generate",
     "Inspect",
     "Merge",
+    "MethodOptions",
+    "Methods",
+    "Pretrain",
+    "Training",
     "differences",
     "from_file",
+    "one_or_names",
     "to_json",
 ]

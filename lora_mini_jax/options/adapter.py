@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.spec import parse_settings, to_pairs
 
 if TYPE_CHECKING:
     from lora_mini_jax.method import Method
@@ -13,46 +14,58 @@ if TYPE_CHECKING:
 BASE = str(Path(__file__).parents[1] / "base")
 """The small model inside the package."""
 
-METHOD_SETTINGS = ("rank", "alpha", "a", "b", "outer_init")
-"""The options that are the method's own, each None where the method's default is meant."""
-
 
 @dataclass(frozen=True)
-class AdapterOptions:
-    """A model, a method with its settings, and the kernels it adapts."""
+class MethodOptions:
+    """A method with its settings."""
 
-    model: str = BASE
-    """A Llama in Hugging Face layout (config.json, safetensors, tokenizer.json), or a hub id."""
     method: str = "lora-mini"
-    """lora-mini or lora."""
-    rank: int | None = None
-    """Inner width; by default the method's own."""
-    alpha: float | None = None
-    """The update is scaled by alpha / rank; by default the method's own."""
-    a: int | None = None
-    """LoRA-Mini: width of the frozen factor on the input side."""
-    b: int | None = None
-    """LoRA-Mini: width of the frozen factor on the output side."""
-    outer_init: str | None = None
-    """LoRA-Mini: how the frozen factors are drawn: normal, fan_in, orthogonal or svd."""
-    target_modules: tuple[str, ...] = ("all-linear",)
-    """all-linear, or names such as q_proj v_proj, or one regular expression on the whole path."""
-    exclude_modules: tuple[str, ...] = ()
-    """Names to leave out."""
-    overrides: str = "{}"
-    """JSON: other settings for some kernels, by regular expression: {"mlp": {"rank": 4}}."""
+    """What adapts the kernels; `lora-mini methods` lists the methods and their settings."""
+    settings: tuple[str, ...] = ()
+    """The method's own settings, rank=4 a=32; or each as a flag of its own: --rank 4 --a 32."""
 
     def __post_init__(self) -> None:
+        # In one order, so that a run is the same run however its settings were given.
+        settings = to_pairs(dict(sorted(self.parsed_settings().items())))
+        object.__setattr__(self, "settings", settings)
         self.adapter_method()
-        self.parsed_overrides()
 
     def adapter_method(self) -> "Method":
         """The method with the given settings; one that the method does not have is an error."""
         from lora_mini_jax.methods import from_dict  # imports jax, which --help can do without
 
-        given = {n: getattr(self, n) for n in METHOD_SETTINGS}
-        settings = {name: value for name, value in given.items() if value is not None}
-        return from_dict({"method": self.method, **settings})
+        return from_dict({**self.parsed_settings(), "method": self.method})
+
+    def parsed_settings(self) -> dict[str, Any]:
+        """``settings`` as a dict."""
+        return parse_settings(self.settings, " ".join(self.settings))
+
+
+@dataclass(frozen=True)
+class AdapterOptions(MethodOptions):
+    """A model, a method with its settings, and the kernels it adapts."""
+
+    model: str = BASE
+    """A Llama in Hugging Face layout (config.json, safetensors, tokenizer.json), or a hub id."""
+    target_modules: tuple[str, ...] = ()
+    """all-linear, all, bias-only, head-only, or names such as q_proj v_proj, or one regular
+    expression on the whole path; by default the method's own, mostly all-linear."""
+    exclude_modules: tuple[str, ...] = ()
+    """Names to leave out."""
+    modules_to_save: tuple[str, ...] = ()
+    """Parameters to train whole beside the method, by names or one regular expression."""
+    overrides: str = "{}"
+    """JSON: other settings for some kernels, by regular expression: {"mlp": {"rank": 4}}."""
+
+    budget: int | None = None
+    """Choose the method's size (rank; a and b of LoRA-Mini) so that at most this many parameters
+    are trained, those of modules_to_save apart."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget is not None and (self.budget < 1 or self.parsed_overrides()):
+            raise UserError("--budget must be a whole number from 1, and goes without --overrides")
+        self.parsed_overrides()
 
     def parsed_overrides(self) -> dict[str, dict[str, Any]]:
         """``overrides`` as a dict of dicts."""
@@ -65,6 +78,10 @@ class AdapterOptions:
         return value
 
     def include(self) -> str | tuple[str, ...]:
-        """``target_modules`` as `tree.select` wants it: one word is a pattern, more are names."""
-        one = self.target_modules[0] if len(self.target_modules) == 1 else None
-        return one if one else self.target_modules
+        """``target_modules``, or the method's own default."""
+        return one_or_names(self.target_modules) or self.adapter_method().default_targets
+
+
+def one_or_names(words: tuple[str, ...]) -> str | tuple[str, ...]:
+    """Words as `tree.select` wants them: one is a preset or a pattern, more are names."""
+    return words[0] if len(words) == 1 else words

@@ -15,6 +15,11 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class Methods:
+    """List the methods with their settings and defaults."""
+
+
+@dataclass(frozen=True)
 class Inspect(AdapterOptions):
     """Show what would be adapted and what it would cost. Reads config.json only; trains nothing."""
 

@@ -1,0 +1,50 @@
+"""Which layer of the model a kernel belongs to, by its path; and a softmax over each layer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def place(path: str) -> tuple[str, str]:
+    """The row and column of a kernel where a model is seen as layers by modules.
+
+    The row is the layer: the path up to the first name that ends in a number, empty where none
+    does. The column is the path without that name.
+
+    Example:
+        >>> place("layers_3/mlp/up_proj/kernel")
+        ('layers_3', 'mlp/up_proj/kernel')
+    """
+    names = path.split("/")
+    layer = next((i for i, name in enumerate(names) if name[-1:].isdigit()), None)
+    if layer is None:
+        return "", path
+    return "/".join(names[: layer + 1]), "/".join(names[:layer] + names[layer + 1 :])
+
+
+def softmax(scores: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """``N softmax`` over the ``N`` numbers that each layer has, in the arrays' own shapes.
+
+    Args:
+        scores: float32 by kernel path, any shape. The first axis of an array whose path names no
+            layer counts the layers that are stacked in it.
+
+    Example:
+        >>> even = softmax({"layers_0/q/kernel": jnp.zeros(()), "layers_0/v/kernel": jnp.zeros(3)})
+        >>> even["layers_0/v/kernel"].tolist()
+        [1.0, 1.0, 1.0]
+    """
+    rows: dict[tuple[str, int], dict[str, jax.Array]] = {}
+    for path, score in scores.items():
+        row, _ = place(path)
+        layers = score.shape[0] if score.ndim and not row else 1
+        rows.setdefault((row, layers), {})[path] = score.reshape(layers, -1)
+    found = {}
+    for row in rows.values():
+        powers = jnp.concatenate(list(row.values()), axis=1)
+        powers = jnp.exp(powers - powers.max(axis=1, keepdims=True))
+        shares = powers / powers.mean(axis=1, keepdims=True)  # of equal scores exactly 1
+        ends = np.cumsum([score.shape[1] for score in row.values()])[:-1]
+        for path, share in zip(row, jnp.split(shares, ends, axis=1), strict=True):
+            found[path] = share.reshape(scores[path].shape)
+    return found

@@ -1,0 +1,96 @@
+"""Methods whose update is a product of thin matrices: they give the matrices, the rest follows."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from lora_mini_jax.method import Factors, Method, require_number, require_whole
+from lora_mini_jax.tree import float32
+
+
+@dataclass(frozen=True)
+class Product(Method):
+    """``W' = W + M_1 @ M_2 @ ... @ M_n`` with an inner width ``rank``.
+
+    A subclass gives `init` and `chain`; the call, the merge, embedding rows and their inverses
+    follow from the chain.
+    """
+
+    rank: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("rank", self.rank)
+
+    @abstractmethod
+    def chain(self, factors: Factors) -> Sequence[jax.Array]:
+        """The matrices of the update from ``(in, ...)`` to ``(..., out)``, scales within."""
+
+    def delta(self, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
+        for matrix in self.chain(factors):
+            x = x @ matrix.astype(x.dtype)
+        return x
+
+    def rows(self, ids: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
+        first, *rest = self.chain(factors)
+        out = first[ids]
+        for matrix in rest:
+            out = out @ matrix
+        return out
+
+    def merge(self, kernel: jax.Array, factors: Factors) -> jax.Array:
+        return float32(kernel) + self.update(factors)
+
+    def unmerge(self, merged: jax.Array, factors: Factors) -> jax.Array:
+        return float32(merged) - self.update(factors)
+
+    def sized(self, size: int, n_in: int, n_out: int) -> Method:
+        return replace(self, rank=size)
+
+    def problems(self, n_in: int, n_out: int) -> list[str]:
+        if self.rank > min(n_in, n_out):
+            return [f"rank {self.rank} exceeds min(in, out) = {min(n_in, n_out)}"]
+        return []
+
+    def update(self, factors: Factors) -> jax.Array:
+        """The product of the chain ``(in, out)``, in float32."""
+        with jax.default_matmul_precision("highest"):
+            return jnp.linalg.multi_dot([float32(m) for m in self.chain(factors)])
+
+
+@dataclass(frozen=True)
+class LowRank(Product):
+    """A `Product` that is scaled by ``alpha / rank``."""
+
+    alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("alpha", self.alpha)
+
+    @property
+    def scale(self) -> float:
+        """What multiplies the product of the factors."""
+        return self.alpha / self.rank
+
+
+def orthonormal(matrix: jax.Array) -> jax.Array:
+    """Orthonormal columns spanning those of ``matrix``; unique, as R's diagonal is positive."""
+    q, r = jnp.linalg.qr(matrix)
+    return q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0)
+
+
+def top_singular(kernel: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The ``k`` largest singular triples in float32: ``(in, k)``, ``(k,)``, ``(k, out)``.
+
+    Each left vector's largest entry is positive: a decomposition leaves the signs open, and two
+    machines would otherwise draw different factors from the same kernel.
+    """
+    u, s, vt = jnp.linalg.svd(float32(kernel), full_matrices=False)
+    u, s, vt = u[:, :k], s[:k], vt[:k]
+    largest = jnp.argmax(jnp.abs(u), axis=0, keepdims=True)
+    signs = jnp.where(jnp.take_along_axis(u, largest, axis=0) < 0, -1.0, 1.0)
+    return u * signs, s, vt * signs.T

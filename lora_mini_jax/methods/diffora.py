@@ -1,0 +1,157 @@
+"""DiffoRA (arXiv 2502.08905), reconstructed: a gate per kernel learns which kernels get an adapter.
+
+The authors' code is not public. Theirs are a matrix of layers by modules, relaxed to (0, 1) and
+learned by bi-level optimisation, a selection ratio, and sharing after the choice; how it is
+relaxed, how the data are split and who shares is our reading. Its search is in ``search.py``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import jax
+import jax.numpy as jnp
+
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.layers import softmax
+from lora_mini_jax.method import Factors, Method, require_choice, require_number, require_whole
+from lora_mini_jax.tree import float32
+
+Relaxation = Literal["sigmoid", "softmax"]
+Sharing = Literal["none", "layer", "column"]
+GATE, OPENING = "gate", "opening"
+HOOKS = ("shift", "relate", "penalty", "held", "step")
+
+
+@dataclass(frozen=True)
+class DiffoRA(Method):
+    """DiffoRA: ``W' = W + g (inner(W) - W)``, with ``g = sigmoid(gate)`` trained beside the rest.
+
+    Trains the inner method's leaves and ``gate``, a float32 scalar per matrix, 0 at the start;
+    `search.make_search_step` trains the gates on data that the rest does not see, and
+    `choice.discretise` keeps the kernels with the widest gates. The command ``finetune`` does both
+    and goes on with an ordinary adapter of the inner method.
+
+    Args:
+        inner: what adapts the chosen kernels: LoRA, LoRA-Mini, MiSS, or another whose update does
+            not depend on the kernel and that takes no steps of its own. Overrides by kernel reach
+            it: ``{"k_proj": {"rank": 2}}``.
+        rho: share of a layer's kernels that are chosen, above 0, at most 1; one at least.
+        relaxation: ``"sigmoid"``, or ``"softmax"``: ``g_j = N softmax(gate)_j`` over the ``N``
+            matrices of a layer, which then compete; a matrix seen alone has ``g = 1``.
+        sharing: what the other kernels get. ``"none"``: no adapter. ``"layer"``: one for all in
+            the same layer and of the same shape. ``"column"``: one for all of the same name and
+            shape, in all layers.
+        search_steps: steps of the search; by default a tenth of the training, at least 20.
+        gate_learning_rate: of the gates' Adam.
+        dropout: the inner method's; give it there.
+
+    Raises:
+        UserError: no inner method, or one that cannot be gated; a setting out of its range.
+
+    Example:
+        >>> from lora_mini_jax.methods import from_spec
+        >>> from_spec("diffora:inner=lora(rank=4),rho=0.5").n_trainable(64, 32)
+        385
+    """
+
+    name = "diffora"
+
+    inner: Method = None  # ty: ignore[invalid-assignment]  # `_check_inner` says what to give
+    rho: float = 0.5
+    relaxation: Relaxation = "sigmoid"
+    sharing: Sharing = "none"
+    search_steps: int | None = None
+    gate_learning_rate: float = 0.05
+
+    def __post_init__(self) -> None:
+        self._check_inner()
+        object.__setattr__(self, "dropout", self.inner.dropout)
+        object.__setattr__(self, "shares_draw", self.inner.shares_draw)
+        require_number("rho", self.rho)
+        if self.rho > 1:
+            raise UserError(f"rho is {self.rho}: give a number above 0, at most 1")
+        require_choice("relaxation", self.relaxation, Relaxation)
+        require_choice("sharing", self.sharing, Sharing)
+        if self.search_steps is not None:
+            require_whole("search_steps", self.search_steps)
+        require_number("gate_learning_rate", self.gate_learning_rate)
+
+    def _check_inner(self) -> None:
+        if not isinstance(self.inner, Method):
+            raise UserError(
+                f"{self.name} needs an inner method, which adapts the chosen kernels, not "
+                f"{self.inner!r}: --inner lora-mini, or --inner 'lora(rank=4)'"
+            )
+        name, mine = self.inner.name, type(self.inner)
+        if own := [hook for hook in HOOKS if getattr(mine, hook) is not getattr(Method, hook)]:
+            raise UserError(f"{self.name} cannot gate {name}, which has a {', '.join(own)} of its "
+                            "own: choose --inner lora-mini, lora, lora-fa or miss")  # fmt: skip
+        if self.dropout not in (0, self.inner.dropout):
+            raise UserError(f"dropout is the inner method's: --inner '{name}(dropout=...)'")
+
+    stored = property(lambda self: self.inner.stored)
+    scratch = property(lambda self: self.inner.scratch)
+    needs_data = property(lambda self: self.inner.needs_data)
+
+    def from_data(self, kernel: jax.Array, gradient: jax.Array, moment: jax.Array) -> Factors:
+        return self.inner.from_data(kernel, gradient, moment)
+
+    def init(self, key: jax.Array, kernel: jax.Array) -> tuple[Factors, Factors]:
+        trainable, frozen = self.inner.init(key, kernel)
+        return {**trainable, GATE: jnp.zeros((), jnp.float32)}, frozen
+
+    def opening(self, factors: Factors) -> jax.Array:
+        """``g``: float32, in the gate's shape."""
+        if self.relaxation == "sigmoid":
+            return jax.nn.sigmoid(factors[GATE])
+        return factors.get(OPENING, jnp.ones_like(factors[GATE]))
+
+    def relate(self, kernels: Mapping[str, Factors]) -> Mapping[str, Factors]:
+        if self.relaxation == "sigmoid":
+            return kernels
+        opened = softmax({path: own[GATE] for path, own in kernels.items()})
+        return {path: {**own, OPENING: opened[path]} for path, own in kernels.items()}
+
+    def delta(self, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
+        y = self.inner.delta(x, kernel, factors)
+        return self.opening(factors).astype(y.dtype) * y
+
+    def rows(self, ids: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
+        return self.opening(factors) * self.inner.rows(ids, kernel, factors)
+
+    def merge(self, kernel: jax.Array, factors: Factors) -> jax.Array:
+        return float32(kernel) + self._update(kernel, factors)
+
+    def unmerge(self, merged: jax.Array, factors: Factors) -> jax.Array:
+        return float32(merged) - self._update(merged, factors)
+
+    def n_trainable(self, n_in: int, n_out: int) -> int:
+        return self.inner.n_trainable(n_in, n_out) + 1
+
+    def sized(self, size: int, n_in: int, n_out: int) -> Method:
+        return replace(self, inner=self.inner.sized(size, n_in, n_out))
+
+    def problems(self, n_in: int, n_out: int) -> list[str]:
+        found = self.inner.problems(n_in, n_out)
+        if not found and self._reads_kernel(n_in, n_out):
+            found.append(f"the update of {self.inner.name} depends on the kernel: no gate for it")
+        return found
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Self:
+        own = {n: v for n, v in settings.items() if n in self.field_names() and n != "dropout"}
+        rest = {n: v for n, v in settings.items() if n not in own}
+        inner = self.inner.with_settings(rest)
+        return replace(self, **{"inner": inner, **self.checked(own)}, dropout=0.0)
+
+    def _update(self, kernel: jax.Array, factors: Factors) -> jax.Array:
+        """``g (inner(W) - W)``; as it does not depend on ``W``, no small difference is lost."""
+        return self.opening(factors) * self.inner.merge(jnp.zeros_like(float32(kernel)), factors)
+
+    def _reads_kernel(self, n_in: int, n_out: int) -> bool:
+        """Whether the inner update depends on more of the kernel than its shape."""
+        kernel = jax.ShapeDtypeStruct((n_in, n_out), jnp.float32)
+        x = jax.ShapeDtypeStruct((1, n_in), jnp.float32)
+        trainable, frozen = jax.eval_shape(self.inner.init, jax.random.key(0), kernel)
+        program = jax.make_jaxpr(self.inner.delta)(x, kernel, {**frozen, **trainable}).jaxpr
+        return any(program.invars[1] is used for step in program.eqns for used in step.invars)

@@ -1,0 +1,84 @@
+"""PiSSA (Meng et al., arXiv 2404.02948): LoRA that starts at the kernel's principal part."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from lora_mini_jax.low_rank import LowRank, top_singular
+from lora_mini_jax.method import Factors
+
+
+@dataclass(frozen=True)
+class FromKernel(LowRank):
+    """LoRA whose factors start at a part of the kernel: ``W' = W + s (A @ B - A0 @ B0)``.
+
+    The papers take ``s A0 @ B0`` out of ``W`` and train from there. Keeping ``W`` whole and the
+    start as frozen factors ``A0 (in, rank)`` and ``B0 (rank, out)`` is the same function with the
+    same gradients; it starts at the identity to the last bit, leaves the base as it is, and is what
+    PEFT converts such an adapter to: plain LoRA of twice the rank.
+    """
+
+    def start(self, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """``A0 (in, rank)`` and ``B0 (rank, out)``."""
+        raise NotImplementedError
+
+    def init(self, key: jax.Array, kernel: jax.Array) -> tuple[Factors, Factors]:
+        a, b = self.start(kernel)
+        return {"A": a, "B": b}, {"A0": a, "B0": b}
+
+    def chain(self, factors: Factors) -> tuple[jax.Array, ...]:
+        left = jnp.concatenate([factors["A"], factors["A0"]], axis=1)
+        right = jnp.concatenate([factors["B"], -factors["B0"]], axis=0)
+        return left, self.scale * right
+
+    def n_trainable(self, n_in: int, n_out: int) -> int:
+        return self.rank * (n_in + n_out)
+
+
+@dataclass(frozen=True)
+class PiSSA(FromKernel):
+    """PiSSA: LoRA started at the top of ``W``'s singular value decomposition ``U S V``.
+
+    ``s A0 @ B0 = U_r S_r V_r`` with ``A0 = U_r sqrt(S_r / s)`` and ``B0 = sqrt(S_r / s) V_r``; what
+    is left of ``W`` stays frozen, see `FromKernel`. Trains ``rank (in + out)`` parameters.
+
+    Args:
+        rank: how many singular triples are trained, at most ``min(in, out)``.
+        alpha: the product is scaled by ``s = alpha / rank``.
+        dropout: share of the layer's input that the adapter does not see in training.
+
+    Raises:
+        UserError: a rank that is not a whole number from 1, or an alpha that is not positive.
+
+    Example:
+        >>> PiSSA(rank=4).n_trainable(64, 32)
+        384
+    """
+
+    name = "pissa"
+
+    def start(self, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        u, s, vt = top_singular(kernel, self.rank)
+        root = jnp.sqrt(s / self.scale)
+        return u * root, root[:, None] * vt
+
+
+@dataclass(frozen=True)
+class OLoRA(FromKernel):
+    """OLoRA (arXiv 2406.01775): LoRA started at the QR decomposition of ``W^T = Q R``.
+
+    ``A0 = R_r^T`` and ``B0 = Q_r^T``, whose rows are orthonormal; ``s A0 @ B0`` is taken out of
+    ``W``, see `FromKernel`. Trains ``rank (in + out)`` parameters. Arguments and errors as `PiSSA`.
+
+    Example:
+        >>> OLoRA(rank=4).n_trainable(64, 32)
+        384
+    """
+
+    name = "olora"
+
+    def start(self, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q, r = jnp.linalg.qr(kernel.T.astype(jnp.float32))
+        signs = jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0)[: self.rank]
+        return (signs[:, None] * r[: self.rank]).T, (q[:, : self.rank] * signs).T

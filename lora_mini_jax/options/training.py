@@ -1,0 +1,82 @@
+"""The options of every training run: how it trains, and where it keeps what it found."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.options.adapter import MethodOptions
+
+COUNT, POSITIVE, NOT_NEGATIVE, SHARE = (
+    "a whole number from 1",
+    "a number above 0",
+    "a number from 0",
+    "a number from 0 to 1",
+)
+_FITS: dict[str, Callable[[Any], bool]] = {
+    COUNT: lambda value: value >= 1,
+    POSITIVE: lambda value: value > 0,
+    NOT_NEGATIVE: lambda value: value >= 0,
+    SHARE: lambda value: 0 <= value <= 1,
+}
+
+
+@dataclass(frozen=True)
+class Training(MethodOptions):
+    """What fine-tuning and pre-training share.
+
+    Raises:
+        UserError: numbers out of range, all of them in one message; a method's wrong setting.
+    """
+
+    allowed: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(
+            ("max_length", "batch_size", "log_every", "eval_every", "save_every"), COUNT
+        ),
+        **dict.fromkeys(("learning_rate", "max_grad_norm"), POSITIVE),
+        **dict.fromkeys(("weight_decay", "seed"), NOT_NEGATIVE),
+        "warmup_ratio": SHARE,
+    }
+    """What the numbers may be; a subclass adds its own."""
+
+    output_dir: str = "runs/training"
+    """The run folder: config, metrics, checkpoints, result and report."""
+    max_length: int = 256
+    """Tokens in a row; at most what the model was made for."""
+    batch_size: int = 8
+    """Rows in a batch."""
+    learning_rate: float = 1e-2
+    """Peak learning rate of AdamW."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after the warm-up."""
+    warmup_ratio: float = 0.05
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay on the trained leaves."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm."""
+    seed: int = 0
+    """Fixes the draw, the order of the data and everything else random."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; trained leaves and optimiser state are float32 always."""
+    remat: bool = False
+    """Recompute each layer in the backward pass, to save memory."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    eval_every: int | None = None
+    """Steps between two evaluations; by default only before and after."""
+    save_every: int = 50
+    """Steps between two checkpoints."""
+    tensorboard: bool = False
+    """Write TensorBoard logs into the run folder too (needs tensorboardX)."""
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in self.allowed}
+        wrong = [
+            f"--{name.replace('_', '-')} is {value}: give {self.allowed[name]}"
+            for name, value in given.items()
+            if value is not None and not _FITS[self.allowed[name]](value)
+        ]
+        if wrong:
+            raise UserError("; ".join(wrong))
+        super().__post_init__()

@@ -1,0 +1,99 @@
+"""Which method adapts which kernel, checked before anything is computed."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.method import Method
+from lora_mini_jax.methods.full import Full
+from lora_mini_jax.tree import Target, listing, matches
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapted kernel: which it is, and by which method.
+
+    Attributes:
+        target: the kernel.
+        method: what adapts it.
+        owner: the path of the kernel whose leaves this one uses too; empty for leaves of its own.
+    """
+
+    target: Target
+    method: Method
+    owner: str = ""
+
+    @property
+    def n_trainable(self) -> int:
+        """Trained parameters here, over all stacked layers; 0 where another kernel owns them."""
+        if self.owner:
+            return 0
+        each = self.method.n_trainable(self.target.n_in, self.target.n_out)
+        return math.prod(self.target.lead) * each
+
+
+def plan(
+    method: Method,
+    targets: Iterable[Target],
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    modules_to_save: Iterable[Target] = (),
+) -> tuple[Site, ...]:
+    """The sites of an adapter.
+
+    Args:
+        method: the method for every target that no override names.
+        targets: the kernels, as `select` gives them.
+        overrides: ``{regular expression: {field: value}}``, other hyper-parameters for some
+            kernels: ``{"mlp": {"rank": 4, "alpha": 8.0}}``. Where several match, the last wins.
+        modules_to_save: parameters trained whole beside the method: a head, norms, biases.
+
+    Raises:
+        UserError: a pattern that matches none of the targets, a field the method does not have,
+            or kernels the method cannot adapt: all of them in one message.
+    """
+    targets, overrides = tuple(targets), overrides or {}
+    for pattern in overrides:
+        if not any(matches(t, pattern) for t in targets):
+            raise UserError(f"override {pattern!r} matches no kernel; {listing(targets)}")
+    sites = []
+    for target in targets:
+        own = method
+        for pattern, changed in overrides.items():
+            if matches(target, pattern):
+                own = own.with_settings(changed)
+        sites.append(Site(target, own))
+    sites += [Site(target, Full()) for target in modules_to_save]
+    check(sites)
+    return tuple(sites)
+
+
+def check(sites: Iterable[Site]) -> None:
+    """Raise one `UserError` that lists every kernel its method cannot adapt, or two claim."""
+    sites = tuple(sites)
+    claims = Counter(site.target.path for site in sites)
+    found = [f"{path}: {n} methods claim it" for path, n in claims.items() if n > 1]
+    for site in sites:
+        target, method = site.target, site.method
+        if target.kind == "array" and not method.adapts_any_array:
+            problems = [f"no kernel, so {method.name} cannot adapt it"]
+        elif target.kind == "embed" and method.needs_data:
+            problems = ["factors of a table cannot come from data"]
+        else:
+            problems = method.problems(target.n_in, target.n_out)
+        found += [f"{target.path} ({target.n_in} x {target.n_out}): {p}" for p in problems]
+    if found:
+        raise UserError(
+            f"{'; '.join(found)}. Lower the setting, exclude these kernels, or override it for them"
+        )
+
+
+def by_method(sites: Iterable[Site]) -> dict[Method, list[str]]:
+    """The paths of the kernels with leaves of their own, by their method."""
+    groups: dict[Method, list[str]] = {}
+    for site in sites:
+        if not site.owner:
+            groups.setdefault(site.method, []).append(site.target.path)
+    return groups

@@ -1,0 +1,111 @@
+"""What a pre-training run works on: a model from scratch, the method's sites, and text."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_mini_jax import linen
+from lora_mini_jax.adapter import Adapter, as_key
+from lora_mini_jax.data import (
+    Batches,
+    Tokenizer,
+    encode_texts,
+    find_texts,
+    hold_out,
+    load_tokenizer,
+    pack,
+    thinned,
+)
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.methods import Full
+from lora_mini_jax.models import Llama, LlamaConfig
+from lora_mini_jax.models.hub import load_config
+from lora_mini_jax.options import Pretrain
+from lora_mini_jax.plan import Site, plan
+from lora_mini_jax.schedule import of_length
+from lora_mini_jax.task import Task, check_length
+from lora_mini_jax.tree import flatten, matrices, parameters, select, unflatten
+
+
+def prepare(options: Pretrain) -> Task:
+    """The model as drawn from the seed, its sites and its text, everything checked.
+
+    Raises:
+        UserError: as `pretrain.pretrain`; wrong settings of the method before any text is read.
+    """
+    if not options.data:
+        raise UserError("no training data: give --data, text files or folders")
+    tokenizer = load_tokenizer(options.tokenizer)
+    config = shape(options, tokenizer)
+    model = Llama(config, jnp.dtype(options.dtype), scan_layers=True, remat=options.remat)
+    sites = planned_sites(options, model)
+    train, valid = read_texts(options, tokenizer)
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    params = jax.jit(model.init)(as_key(options.seed), tokens)["params"]
+    return Task(model, params, tokenizer, sites, train, valid, prompts=[], notes=[])
+
+
+def shape(options: Pretrain, tokenizer: Tokenizer) -> LlamaConfig:
+    """The shape of the model, with the sizes that the options give.
+
+    Raises:
+        UserError: sizes that do not go together, or too small for the tokenizer or the rows.
+    """
+    config, sizes = load_config(options.shape), options.sizes()
+    if {"hidden_size", "num_attention_heads"} & set(sizes):
+        sizes["head_dim"] = 0  # what hidden_size over heads gives
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    config = replace(config, **sizes, **ids)
+    check_length(options.max_length, config)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, but the vocabulary {config.vocab_size}"
+            f": give --vocab-size {tokenizer.vocab_size}, or another --tokenizer"
+        )
+    return config
+
+
+def planned_sites(options: Pretrain, model: Llama) -> tuple[Site, ...]:
+    """The method on every linear kernel but the head's, and `Full` on every other parameter."""
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    kernels = linen.targets(model, shapes, tokens)
+    linear = select(kernels, "all-linear")
+    rest = [target for target in parameters(shapes, kernels) if target not in linear]
+    sites = plan(options.adapter_method(), linear, modules_to_save=rest)
+    return of_length(sites, options.steps, options.parsed_settings())
+
+
+def read_texts(options: Pretrain, tokenizer: Tokenizer) -> tuple[Batches, Batches]:
+    """Rows to train on and held-out rows, of different files."""
+    texts = find_texts(options.data, options.suffixes)
+    if options.valid:
+        held_out = find_texts(options.valid, options.suffixes)
+        apart = {text.path for text in held_out}
+        texts = [text for text in texts if text.path not in apart]
+    else:
+        texts, held_out = hold_out(texts, options.held_out)
+    if not texts:
+        raise UserError("every file of --data is held out by --valid: give more files")
+    pieces = [encode_texts(part, tokenizer, options.max_length) for part in (texts, held_out)]
+    pieces[1] = thinned(pieces[1], options.max_valid_tokens)
+    train, valid = (
+        Batches(pack(part, options.max_length), options.batch_size, options.seed) for part in pieces
+    )
+    return train, valid
+
+
+def begin(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
+    """``params`` and adapter at step 0, with the same function as before.
+
+    Weights that are trained whole move into the adapter and leave zeros behind: there, weight decay
+    draws the weights to zero, and not their distance from where they began.
+    """
+    flat, trainable = flatten(params), dict(adapter.trainable)
+    whole = [site.target for site in adapter.sites if isinstance(site.method, Full)]
+    for path, weights in matrices(params, whole).items():
+        trainable[path] = {"dense": weights}
+        flat[path] = jnp.zeros_like(flat[path])
+    return unflatten(flat), adapter.with_trainable(trainable)

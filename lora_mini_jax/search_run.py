@@ -1,0 +1,99 @@
+"""The search as the first phase of a fine-tuning run: done once, written down, gone on from."""
+
+import time
+
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.choice import agreed, discretise
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.files import write_json
+from lora_mini_jax.loop import Log, make_evaluate
+from lora_mini_jax.methods.diffora import DiffoRA
+from lora_mini_jax.options import Finetune
+from lora_mini_jax.runs import RunFolder
+from lora_mini_jax.schedule import optimizer
+from lora_mini_jax.search import halves, make_search_step, search_state
+from lora_mini_jax.storage import load, save
+from lora_mini_jax.task import Task
+
+LEAST_STEPS = 20
+
+
+def searched(
+    options: Finetune,
+    folder: RunFolder,
+    task: Task,
+    adapter: Adapter,
+    steps: int,
+    say: Log,
+) -> Adapter:
+    """Where training starts: an ordinary adapter of the kernels that DiffoRA's search chose.
+
+    Adapters of other methods come back as they are. The matrix goes to ``matrix.json`` in the run's
+    folder, the adapter to ``searched/``; once that is there, a run that starts again reads it.
+    Before that the search starts again, and chooses the same.
+
+    Args:
+        options: for the optimiser, whose whole schedule the search goes through in its own steps,
+            the seed, and how often to log.
+        folder: the run's.
+        task: model, data and loss; the search halves the training data.
+        adapter: freshly drawn.
+        steps: how many updates there will be after the search.
+        say: what to do with a line of text for the user.
+
+    Raises:
+        UserError: settings that one search cannot have, too little data, a loss that is not finite.
+    """
+    method = agreed(adapter.sites)
+    if method is None:
+        return adapter
+    place = folder.path / "searched"
+    if not place.exists():
+        n = method.search_steps or max(LEAST_STEPS, steps // 10)
+        found = search(options, folder, task, adapter, method, n)
+        matrix, chosen = discretise(found, method.rho, method.sharing)
+        write_json(folder.path / "matrix.json", {**matrix, "method": method.to_dict(), "steps": n})
+        save(place, chosen, task.params, base=options.model)
+        say(f"searched for {n} steps: {len(chosen.trainable)} adapters for {len(chosen.sites)} of "
+            f"{len(adapter.sites)} kernels")  # fmt: skip
+    # Read back even when just written: a run that was killed goes on from the same bits.
+    return load(place, task.params)
+
+
+def search(
+    options: Finetune,
+    folder: RunFolder,
+    task: Task,
+    adapter: Adapter,
+    method: DiffoRA,
+    steps: int,
+) -> Adapter:
+    """The adapter after ``steps`` steps of gates and weights; in the metrics these count from
+    ``-steps``, and begin with the held-out loss before anything is trained."""
+    train, valid = halves(task.train, options.seed)
+    tx = optimizer(options, steps, adapter.sites, options.lora_plus_ratio)
+    tx_gate = optax.adam(method.gate_learning_rate)
+    step = make_search_step(task.loss, tx, tx_gate, has_aux=True)
+    state, pending, began = search_state(adapter, tx, tx_gate, options.seed), [], time.monotonic()
+    before = {"step": -steps, **make_evaluate(task)(adapter), "seconds": 0.0}
+    folder.rewind(-steps - 1)
+    folder.log([before])
+    for i in tqdm(range(steps), unit="step", desc="search"):
+        state, metrics = step(state, task.params, train.batch(i), valid.batch(i))
+        pending.append(metrics)
+        if (i + 1) % options.log_every == 0 or i + 1 == steps:
+            loss, gate_loss = np.asarray(pending, np.float64).T.mean(1).tolist()
+            if not np.isfinite(loss + gate_loss):
+                raise UserError(
+                    f"the search's loss is not finite by its step {i + 1}: lower --learning-rate "
+                    "or --gate-learning-rate, or look at the data"
+                )
+            seconds = round(time.monotonic() - began, 3)
+            row = {"loss": loss, "gate_loss": gate_loss, "seconds": seconds}
+            folder.log([{"step": i - steps, **row}])
+            pending = []
+    return state.adapter

@@ -1,0 +1,67 @@
+"""Sizes for a number of trained parameters: as many as fit, on every kernel, and no more."""
+
+import json
+from typing import Any
+
+import pytest
+
+from lora_mini_jax import LoRA, LoRAMini, Target, UserError
+from lora_mini_jax.budget import within
+from lora_mini_jax.cli import main
+from lora_mini_jax.methods import AdaLoRA, DiffoRA, DoRA, Full, LoRAXS, MiSS, VeRA
+from tests.runs import write_model
+
+TARGETS = tuple(
+    Target(f"layers_{i}/{name}/kernel", shape)
+    for i in range(2)
+    for name, shape in {"q": (64, 64), "k": (64, 16), "up": (64, 160), "down": (160, 64)}.items()
+)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [LoRA(), DoRA(), LoRAXS(), VeRA(), MiSS(), MiSS(mode="mini", mini_rank=4), MiSS(mode="bat"),
+     LoRAMini(rank=2), LoRAMini(rank=2, outer_init="svd"), AdaLoRA(total_steps=100),
+     DiffoRA(inner=LoRA())],
+    ids=lambda m: f"{m.name}-{getattr(m, 'mode', getattr(m, 'outer_init', ''))}",
+)  # fmt: skip
+@pytest.mark.parametrize("budget", [1_100, 2_345, 6_000])
+def test_the_largest_size_that_fits(method: Any, budget: int):
+    counts = []
+    for size in range(1, 161):
+        sized = [(method.sized(size, t.n_in, t.n_out), t) for t in TARGETS]
+        if not any(own.problems(t.n_in, t.n_out) for own, t in sized):
+            counts.append(sum(own.n_trainable(t.n_in, t.n_out) for own, t in sized))
+    if budget < counts[0]:
+        with pytest.raises(UserError, match=f"at least {counts[0]:,}"):
+            within(method, TARGETS, budget)
+        return
+    sites = within(method, TARGETS, budget)
+    assert [site.target for site in sites] == list(TARGETS)
+    assert sum(site.n_trainable for site in sites) == max(n for n in counts if n <= budget)
+
+
+def test_lora_mini_is_cut_where_a_kernel_is_narrow_and_keeps_its_rank():
+    sites: Any = within(LoRAMini(rank=2), TARGETS, 1_100)
+    assert {site.method.rank for site in sites} == {2}
+    widths = {site.target.path: (site.method.a, site.method.b) for site in sites}
+    wide = widths["layers_0/q/kernel"]
+    assert widths["layers_1/k/kernel"] == (wide[0], 16)
+    assert wide[0] == wide[1] > 16
+
+
+def test_a_method_without_a_size_is_refused():
+    with pytest.raises(UserError, match="full has no size"):
+        within(Full(), TARGETS, 1000)
+
+
+def test_inspect_proposes_sizes_for_a_budget(tmp_path, capsys):
+    model = str(write_model(tmp_path / "model"))
+    main(["inspect", "--model", model, "--method", "lora-mini", "--rank", "2", "--budget", "600",
+          "--json"])  # fmt: skip
+    report = json.loads(capsys.readouterr().out)
+    assert 500 < report["trainable"] <= 600
+    assert all(k["settings"]["rank"] == 2 and k["settings"]["a"] > 8 for k in report["kernels"])
+    with pytest.raises(SystemExit):
+        main(["inspect", "--model", model, "--method", "lora", "--budget", "10"])
+    assert "lora cannot train as few as 10 parameters" in capsys.readouterr().err

@@ -1,0 +1,95 @@
+"""Outer factors from data: what `calibrate` computes, and that nothing trains without it."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lora_mini_jax import LoRA, LoRAMini, TrainState, UserError, init, linen, load, save, select
+from lora_mini_jax.calibrate import calibrate
+from tests.cases import by_name, cross_entropy, random_params, setup
+
+N_IN, N_OUT = 9, 7
+RNG = np.random.default_rng(3)
+BATCHES = [tuple(RNG.normal(size=(5, n)).astype(np.float32) for n in (N_IN, N_OUT))
+           for _ in range(3)]  # fmt: skip
+MODEL = nn.Dense(N_OUT, use_bias=False)
+PARAMS = random_params(MODEL, BATCHES[0][0])
+
+
+def loss(params: Any, adapter: Any, batch: Any, key: Any) -> jax.Array:
+    x, y = batch
+    return 0.5 * ((linen.adapt(MODEL)(params, adapter, x) - y) ** 2).sum()
+
+
+def factors(outer_init: Any) -> Any:
+    targets = linen.targets(MODEL, PARAMS, BATCHES[0][0])
+    method = LoRAMini(rank=2, a=3, b=4, outer_init=outer_init)
+    adapter = calibrate(init(PARAMS, method, targets), PARAMS, loss, BATCHES)
+    return tuple(np.asarray(adapter.frozen["kernel"][n], np.float64) for n in ("A_aux", "B_aux"))
+
+
+def same_span(a: np.ndarray, b: np.ndarray) -> None:
+    """The columns of both are orthonormal and span one space."""
+    np.testing.assert_allclose(a.T @ a, np.eye(a.shape[1]), atol=1e-5)
+    np.testing.assert_allclose(a @ a.T, b @ b.T, atol=1e-4)
+
+
+def test_gradient_factors_are_the_top_singular_vectors_of_the_summed_gradient():
+    w = np.asarray(PARAMS["kernel"], np.float64)
+    gradient = sum(x.T @ (x @ w - y) for x, y in BATCHES)
+    u, _, vt = np.linalg.svd(gradient)
+    left, right = factors("gradient")
+    same_span(left, u[:, :3])
+    same_span(right.T, vt[:4].T)
+
+
+def test_activation_factors_are_the_main_directions_of_inputs_and_outputs():
+    w = np.asarray(PARAMS["kernel"], np.float64)
+    x = np.concatenate([x for x, _ in BATCHES]).astype(np.float64)
+    left, right = factors("activation")
+    same_span(left, np.linalg.svd(x)[2][:3].T)
+    same_span(right.T, np.linalg.svd(x @ w)[2][:4].T)
+
+
+@pytest.mark.parametrize("layout", ["plain", "scan+remat"])
+@pytest.mark.parametrize("outer_init", ["gradient", "activation"])
+def test_stacked_layers_get_their_own_factors_and_are_saved(outer_init: Any, layout: str, tmp_path):
+    at = setup(layout)
+    apply = linen.adapt(at.model)
+
+    def model_loss(params: Any, adapter: Any, tokens: Any, key: Any) -> jax.Array:
+        return cross_entropy(apply(params, adapter, tokens), tokens)
+
+    method = LoRAMini(rank=2, a=4, b=5, outer_init=outer_init)
+    drawn = init(at.params, method, select(at.targets))
+    with pytest.raises(UserError, match="calibrate"):
+        TrainState.create(drawn, optax.adam(1e-2))
+    adapter = calibrate(drawn, at.params, model_loss, [at.tokens])
+    TrainState.create(adapter, optax.adam(1e-2))
+    for leaf in jax.tree.leaves(adapter.frozen):
+        assert jnp.isfinite(leaf).all()
+        assert (jnp.abs(leaf).max((-1, -2)) > 0.1).all()
+    save(tmp_path / "one", adapter, at.params)
+    loaded = by_name(load(tmp_path / "one", at.params))
+    assert all(np.array_equal(x, loaded[n]) for n, x in by_name(adapter).items())
+
+
+def test_a_method_that_needs_no_data_runs_nothing():
+    targets = linen.targets(MODEL, PARAMS, BATCHES[0][0])
+    adapter = init(PARAMS, LoRA(rank=2), targets)
+    assert calibrate(adapter, PARAMS, loss, []) is adapter
+
+
+def test_no_batch_and_tables_are_refused():
+    at = setup()
+    method = LoRAMini(rank=2, a=4, b=5, outer_init="gradient")
+    with pytest.raises(UserError, match=r"embed.*cannot come from data"):
+        init(at.params, method, at.targets)
+    adapter = init(at.params, method, select(at.targets))
+    with pytest.raises(UserError, match="at least one batch"):
+        calibrate(adapter, at.params, loss, [])

@@ -1,0 +1,119 @@
+"""Parameters trained whole: all, biases, a head; and beside another method (modules_to_save)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lora_mini_jax import (
+    LoRA,
+    TrainState,
+    UserError,
+    count,
+    init,
+    linen,
+    load,
+    make_train_step,
+    merge,
+    save,
+    select,
+    unmerge,
+)
+from lora_mini_jax.methods import Full
+from lora_mini_jax.tree import flatten, parameters
+from tests.cases import CASES, Case, by_name, random_params, randomised, setup
+
+
+class Small(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm(name="norm")(nn.Dense(24, name="up")(x))
+        return nn.Dense(3, name="classifier")(jnp.tanh(x))
+
+
+MODEL, X = Small(), jnp.asarray(np.random.default_rng(0).normal(size=(16, 12)), jnp.float32)
+Y = jnp.asarray(np.random.default_rng(1).normal(size=(16, 3)), jnp.float32)
+PARAMS = random_params(MODEL, X)
+EVERY = parameters(PARAMS, linen.targets(MODEL, PARAMS, X))
+
+
+def plain(params: Any) -> Any:
+    return MODEL.apply({"params": params}, X)
+
+
+def loss(params: Any, adapter: Any, batch: Any, key: Any = None) -> jax.Array:
+    return ((linen.adapt(MODEL)(params, adapter, batch) - Y) ** 2).mean()
+
+
+def test_full_fine_tuning_is_plain_training():
+    adapter, tx = init(PARAMS, Full(), EVERY), optax.adam(1e-2)
+    step, state = make_train_step(loss, tx), TrainState.create(adapter, tx)
+    params, opt_state = PARAMS, tx.init(PARAMS)
+    for _ in range(20):
+        state, _ = step(state, PARAMS, X)
+        grads = jax.grad(lambda p: ((plain(p) - Y) ** 2).mean())(params)
+        updates, opt_state = tx.update(grads, opt_state)
+        params: Any = optax.apply_updates(params, updates)
+    assert count(adapter) == sum(x.size for x in jax.tree.leaves(PARAMS))
+    merged = merge(PARAMS, state.adapter)
+    for path, leaf in flatten(params).items():
+        np.testing.assert_allclose(flatten(merged)[path], leaf, rtol=1e-4, atol=1e-5)
+    back = unmerge(merged, state.adapter)
+    for path, leaf in flatten(PARAMS).items():
+        np.testing.assert_allclose(flatten(back)[path], leaf, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("preset", "paths"),
+    [
+        ("bias-only", {"up/bias", "norm/bias", "classifier/bias"}),
+        ("head-only", {"classifier/bias", "classifier/kernel"}),
+    ],
+)
+def test_presets_train_what_they_say(preset: str, paths: set[str]):
+    adapter, tx = init(PARAMS, Full(), select(EVERY, preset)), optax.sgd(0.1)
+    state, _ = make_train_step(loss, tx)(TrainState.create(adapter, tx), PARAMS, X)
+    merged, plain = flatten(merge(PARAMS, state.adapter)), flatten(PARAMS)
+    assert {p for p, x in merged.items() if not np.array_equal(x, plain[p])} == paths
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_modules_to_save_are_trained_saved_and_merged_beside_every_method(case: Case, tmp_path):
+    beside = select(EVERY, "classifier|norm|up/bias")
+    adapter = init(PARAMS, case.method, select(EVERY), 7, modules_to_save=beside)
+    grads = jax.grad(lambda t: loss(PARAMS, adapter.with_trainable(t), X))(adapter.trainable)
+    for target in beside:
+        assert jnp.abs(grads[target.path]["dense"]).max() > 0, target.path
+    trained = randomised(adapter)
+    out = linen.adapt(MODEL)(PARAMS, trained, X)
+    merged = plain(merge(PARAMS, trained))
+    np.testing.assert_allclose(out, merged, rtol=1e-4, atol=1e-4)
+    save(tmp_path / "one", trained, PARAMS)
+    loaded = by_name(load(tmp_path / "one", PARAMS))
+    assert all(np.array_equal(x, loaded[n]) for n, x in by_name(trained).items())
+
+
+def test_arrays_of_scanned_layers_are_trained_whole():
+    at = setup("scan")
+    beside = select(parameters(at.params, at.targets), "up/bias|down/bias")
+    assert {t.kind for t in beside} == {"array"}
+    targets = select(at.targets, "down")
+    trained = randomised(init(at.params, LoRA(rank=2), targets, 7, modules_to_save=beside))
+    out = linen.adapt(at.model)(at.params, trained, at.tokens)
+    merged: Any = at.model.apply({"params": merge(at.params, trained)}, at.tokens)
+    np.testing.assert_allclose(out, merged, rtol=1e-4, atol=1e-4)
+    assert jnp.abs(out - at.model.apply({"params": at.params}, at.tokens)).max() > 0.1
+
+
+def test_what_cannot_be_adapted_is_refused_naming_the_kernels():
+    with pytest.raises(UserError, match=r"norm/scale.*no kernel, so lora cannot adapt it"):
+        init(PARAMS, LoRA(rank=2), select(EVERY, "norm"))
+    up = select(EVERY, ["up/kernel"])
+    with pytest.raises(UserError, match="up/kernel: 2 methods claim it"):
+        init(PARAMS, LoRA(rank=2), up, modules_to_save=up)
+    with pytest.raises(UserError, match="'head-only' matches no kernel"):
+        select([t for t in EVERY if "classifier" not in t.path], "head-only")
