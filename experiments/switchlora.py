@@ -50,7 +50,7 @@ class Options:
     """Learning rates to choose from, as multiples of the method's centre."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """The first does the choosing."""
-    steps: int = 300
+    steps: int = 250
     tune_steps: int | None = None
     """Steps of the runs that choose the learning rate; by default all of them."""
     rank: int = 64

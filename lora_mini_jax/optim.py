@@ -7,7 +7,7 @@ counts updates entry by entry, for methods that start parts of a factor afresh; 
 LoRA+'s learning rate per factor.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -73,7 +73,12 @@ class ElementAdamState(NamedTuple):
 
 
 def scale_by_element_adam(
-    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, count_held: bool = False
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    count_held: bool = False,
+    kernels: Container[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam's direction with a step counter for every entry, in place of one for all.
 
@@ -85,6 +90,8 @@ def scale_by_element_adam(
         b1, b2, eps: as for Adam.
         count_held: count on for entries that are held (SwitchLoRA's authors' code does), so that
             their first update is smaller; by default a held entry's counter waits.
+        kernels: the kernels (first names in the tree) whose entries are counted one by one; a leaf
+            of any other has one counter, so that it costs no memory. By default all.
 
     The update takes an extra argument ``hold``, a tree of masks or None; entries where it is True
     keep their moments, and their counter.
@@ -94,7 +101,11 @@ def scale_by_element_adam(
     """
 
     def init(params: Any) -> ElementAdamState:
-        count = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.int32), params)
+        def zero(path: tuple, leaf: Any) -> jax.Array:
+            each = kernels is None or path[0].key in kernels
+            return jnp.zeros(leaf.shape if each else (), jnp.int32)
+
+        count = jax.tree_util.tree_map_with_path(zero, params)
         return ElementAdamState(count, optax.tree.zeros_like(params), optax.tree.zeros_like(params))
 
     def update(
@@ -103,7 +114,9 @@ def scale_by_element_adam(
         def unless_held(new: Any, old: Any) -> Any:
             if hold is None:
                 return new
-            return jax.tree.map(lambda h, n, o: jnp.where(h, o, n), hold, new, old)
+            return jax.tree.map(
+                lambda h, n, o: jnp.where(h, o, n) if o.shape == h.shape else n, hold, new, old
+            )
 
         def moved(average: Any, power: int, decay: float) -> Any:
             new = jax.tree.map(lambda m, g: decay * m + (1 - decay) * g**power, average, updates)
@@ -130,9 +143,12 @@ def forget(tx: optax.GradientTransformation, opt_state: Any, mask: Any) -> Any:
         opt_state: its state.
         mask: a tree of booleans like the parameters.
     """
-    return optax.tree.map_params(
-        tx, lambda leaf, afresh: jnp.where(afresh, jnp.zeros_like(leaf), leaf), opt_state, mask
-    )
+
+    def afresh(leaf: jax.Array, mask: jax.Array) -> jax.Array:
+        # One counter for a whole leaf: of a kernel that never starts afresh.
+        return jnp.where(mask, 0, leaf) if leaf.shape == mask.shape else leaf
+
+    return optax.tree.map_params(tx, afresh, opt_state, mask)
 
 
 def scale_leaves(factors: Mapping[str, float]) -> optax.GradientTransformation:

@@ -36,10 +36,10 @@ def optimizer(
         sites: what is adapted; where a method restarts entries, each has a counter of its own.
         lora_plus_ratio: LoRA+'s factor on the learning rate of every ``B``.
     """
-    restarts = any(site.method.restarts for site in sites)
+    restarting = {site.target.path for site in sites if site.method.restarts}
     return optax.chain(
         optax.clip_by_global_norm(options.max_grad_norm),
-        scale_by_element_adam() if restarts else optax.scale_by_adam(),
+        scale_by_element_adam(kernels=restarting) if restarting else optax.scale_by_adam(),
         optax.add_decayed_weights(options.weight_decay),
         *([] if lora_plus_ratio == 1 else [scale_leaves({"B": lora_plus_ratio})]),
         optax.scale_by_learning_rate(learning_rate(options, steps)),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from lora_mini_jax import moves
 from lora_mini_jax.adapter import Adapter, as_key
@@ -122,7 +123,7 @@ def _check_calibrated(adapter: Adapter) -> None:
     then there is nothing to check."""
     for site in adapter.sites:
         leaves = jax.tree.leaves(adapter.frozen.get(site.target.path, {}))
-        known = not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        known = not any(isinstance(leaf, Tracer) for leaf in leaves)
         if site.method.needs_data and known and not all(leaf.any() for leaf in leaves):
             raise UserError(
                 f"the frozen factors of {site.method.name} on {site.target.path} come from data: "

@@ -1,7 +1,7 @@
 """What the tests of whole runs share: a tiny model, a data file, and options for them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def write_data(path: Path, n: int = 48) -> Path:
 
 
 @contextmanager
-def stopped_at(step: int) -> Iterator[None]:
+def stopped_at(step: int) -> Generator[None]:
     """Runs are interrupted when they ask for the batch of this step."""
     batch = Batches.batch
 
