@@ -24,9 +24,9 @@ import numpy as np
 import optax
 import tyro
 
+from experiments.controls import at_budget, by_gradient_norm, random_choice
 from lora_mini_jax.adapter import Adapter, count, draw
 from lora_mini_jax.choice import discretise, openings
-from lora_mini_jax.controls import at_budget, by_gradient_norm, random_choice
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import read_json, write_json, write_text
 from lora_mini_jax.loop import make_evaluate

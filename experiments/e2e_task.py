@@ -12,7 +12,7 @@ import optax
 
 from lora_mini_jax import TrainState, linen, make_train_step
 from lora_mini_jax.adapter import Adapter, draw
-from lora_mini_jax.calibrate import calibrate
+from lora_mini_jax.calibration import calibrate
 from lora_mini_jax.data import (
     Batches,
     Fields,
@@ -25,7 +25,7 @@ from lora_mini_jax.data import (
 )
 from lora_mini_jax.models import load
 from lora_mini_jax.plan import Site
-from lora_mini_jax.tree import select
+from lora_mini_jax.selection import select
 
 CALIBRATION_BATCHES = 8
 

@@ -24,7 +24,7 @@ from experiments.e2e_task import Losses, Task, TaskOptions
 from lora_mini_jax.files import read_json, write_json
 from lora_mini_jax.methods import from_dict
 from lora_mini_jax.plan import Site, plan
-from lora_mini_jax.tree import select
+from lora_mini_jax.selection import select
 
 GRID = [float(f"{digit}e{power}") for power in range(-5, 2) for digit in (1, 2, 5)]
 SEEDS = (0, 1, 2)

@@ -11,17 +11,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_mini_jax import linen, models
+    from lora_mini_jax import linen, methods, models
     from lora_mini_jax.adapter import Adapter, count, init
+    from lora_mini_jax.calibration import calibrate
     from lora_mini_jax.decode import generate
     from lora_mini_jax.errors import UserError
     from lora_mini_jax.method import Method
     from lora_mini_jax.methods import LoRA, LoRAMini
     from lora_mini_jax.optim import freeze, trainable_mask
+    from lora_mini_jax.selection import select
     from lora_mini_jax.storage import load, save
     from lora_mini_jax.train import TrainState, make_train_step
     from lora_mini_jax.transform import join, merge, split, unmerge
-    from lora_mini_jax.tree import Target, select
+    from lora_mini_jax.tree import Target, parameters
 
 __version__ = "0.1.0"
 
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 # print its help without waiting for JAX.
 _HOMES = {
     "adapter": ("Adapter", "count", "init"),
+    "calibration": ("calibrate",),
     "errors": ("UserError",),
     "decode": ("generate",),
     "method": ("Method",),
@@ -37,9 +40,10 @@ _HOMES = {
     "storage": ("load", "save"),
     "train": ("TrainState", "make_train_step"),
     "transform": ("join", "merge", "split", "unmerge"),
-    "tree": ("Target", "select"),
+    "selection": ("select",),
+    "tree": ("Target", "parameters"),
 }
-_MODULES = ("linen", "models")
+_MODULES = ("linen", "methods", "models")
 
 __all__ = [
     "Adapter",
@@ -49,6 +53,7 @@ __all__ = [
     "Target",
     "TrainState",
     "UserError",
+    "calibrate",
     "count",
     "freeze",
     "generate",
@@ -58,7 +63,9 @@ __all__ = [
     "load",
     "make_train_step",
     "merge",
+    "methods",
     "models",
+    "parameters",
     "save",
     "select",
     "split",

@@ -1,7 +1,7 @@
 """From DiffoRA's gates to an ordinary adapter: which kernels are kept, and what the others get.
 
 A choice goes by scores, a number for each kernel, and keeps the highest in every layer. `openings`
-are the scores that a search has learned; ``controls.py`` has others.
+are the scores that a search has learned; others can be given.
 """
 
 from collections.abc import Iterable, Mapping

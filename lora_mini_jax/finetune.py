@@ -6,7 +6,7 @@ from statistics import median
 import jax
 
 from lora_mini_jax.adapter import Adapter, count, draw
-from lora_mini_jax.calibrate import calibrate
+from lora_mini_jax.calibration import calibrate
 from lora_mini_jax.choice import agreed
 from lora_mini_jax.decode import generate
 from lora_mini_jax.loop import Log, fit

@@ -8,18 +8,16 @@ brought in with ``rules={MyLayer: my_rule}``.
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from lora_mini_jax.adapter import Adapter, as_key, fold_path
+from lora_mini_jax import beside
+from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.plan import Site
-from lora_mini_jax.tree import Target, check_fit, flatten, listing, over_lead, unflatten
+from lora_mini_jax.selection import listing
+from lora_mini_jax.tree import Target, check_fit, flatten
 from lora_mini_jax.views import (
     RULES,
     Rule,
@@ -46,8 +44,6 @@ __all__ = [
 ]
 
 Array = jax.Array
-SUFFIX = "_factors"
-DROPOUT = "dropout_key"
 
 
 def targets(
@@ -104,9 +100,8 @@ def targets(
 
     all_rules = {**RULES, **(rules or {})}
     with nn.intercept_methods(interceptor):
-        jax.eval_shape(
-            lambda p, *x: model.apply({"params": _marked(p, {})}, *x, **kwargs), params, *inputs
-        )
+        marked = beside.marked(params, {})
+        jax.eval_shape(lambda p, *x: model.apply({"params": p}, *x, **kwargs), marked, *inputs)
     return tuple(found[path] for path in flat if path in found)
 
 
@@ -161,15 +156,12 @@ def adapt(model: nn.Module, rules: Rules | None = None) -> Callable[..., Any]:
             if used[path] > before:
                 return y  # a subclass that called its parent: the parent's call was adapted
             used[path] += 1
-            return y + _delta(context.module, sites[path], view, y.dtype, before)
+            return y + beside.delta(context.module, sites[path], view, y.dtype, before)
 
         check_fit(params, [site.target for site in adapter.sites])
-        factors = _used(adapter)
-        shifted = _shifted(params, adapter, factors)
-        beside = {path: factors[path] | _dropout(site, dropout_key) for path, site in sites.items()}
+        joined = beside.joined(params, adapter, dropout_key)
         with nn.intercept_methods(interceptor):
-            marked = {**(variables or {}), "params": _marked(shifted, beside)}
-            out = model.apply(marked, *inputs, **kwargs)
+            out = model.apply({**(variables or {}), "params": joined}, *inputs, **kwargs)
         if len(used) < len(sites):
             unused = [site.target for path, site in sites.items() if path not in used]
             raise UserError(
@@ -179,81 +171,3 @@ def adapt(model: nn.Module, rules: Rules | None = None) -> Callable[..., Any]:
         return out
 
     return apply
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=("factors",), meta_fields=("path", "call"))
-@dataclass(frozen=True)
-class _Beside:
-    """What stands beside a parameter for the length of a call: its factors, perhaps none.
-
-    ``path`` and ``call`` are part of the tree's structure, and so of the key under which ``nn.jit``
-    keeps a traced layer. Without them a layer traced in another call, or at another place in the
-    model, would be taken from there, un-adapted or with another place's adapter.
-    """
-
-    factors: dict[str, Array]
-    path: str
-    call: object
-
-
-def _marked(params: Mapping[str, Any], factors: Mapping[str, dict[str, Array]]) -> dict[str, Any]:
-    """The parameters with a `_Beside` next to each."""
-    flat, call = flatten(params), object()
-    beside = {path + SUFFIX: _Beside(factors.get(path, {}), path, call) for path in flat}
-    return unflatten({**flat, **beside})
-
-
-def _used(adapter: Adapter) -> dict[str, dict[str, Array]]:
-    """The factors without those that only training needs: they need not ride through a scan."""
-    found = adapter.factors()
-    for site in adapter.sites:
-        own = found[site.target.path]
-        found[site.target.path] = {n: x for n, x in own.items() if n not in site.method.scratch}
-    return found
-
-
-def _shifted(params: Mapping[str, Any], adapter: Adapter, factors: Any) -> dict[str, Any]:
-    """The parameters with every dense update added, in the parameters' own dtypes."""
-    flat = flatten(params)
-    for site in adapter.sites:
-        path = site.target.path
-        shift = site.method.shift(factors[path])
-        if shift is not None:
-            flat[path] = (flat[path] + site.target.unmatrix(shift)).astype(flat[path].dtype)
-    return unflatten(flat)
-
-
-def _dropout(site: Site, key: Array | None) -> dict[str, Array]:
-    """The random stream of one kernel's dropout, a key for every stacked layer; data of keys, so
-    that ``scan`` and ``vmap`` can slice it like any other leaf."""
-    if key is None or not site.method.dropout:
-        return {}
-    own = fold_path(as_key(key), site.target.path)
-    stack = site.target.shape[: site.target.stack]
-    return {DROPOUT: jax.random.key_data(jax.random.split(own, stack) if stack else own)}
-
-
-def _dropped(x: Array, rate: float, key: Array) -> Array:
-    """``x`` with a share of its entries zeroed and the others scaled up by as much."""
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
-
-
-def _delta(module: nn.Module, site: Site, view: View, dtype: Any, call: int) -> Array:
-    """The adapter's contribution to the ``call``-th call of a layer, in the shape and dtype of the
-    layer's output. Rows that are looked up know no dropout, as in PEFT."""
-    factors = dict(module.get_variable("params", view.leaf + SUFFIX).factors)
-    stream = factors.pop(DROPOUT, None)
-    inner = replace(site.target, shape=site.target.shape[site.target.stack :], stack=0)
-    kernel = inner.matrix(module.get_variable("params", view.leaf))
-    if view.use == "rows":
-        return site.method.rows(view.inputs, kernel, factors).astype(dtype)
-    x, delta = view.inputs.astype(dtype), site.method.delta
-    if stream is not None:
-        x = _dropped(x, site.method.dropout, jax.random.fold_in(as_key(stream), call))
-    if view.use == "transposed":
-        thing = jax.ShapeDtypeStruct((*x.shape[:-1], inner.n_in), dtype)
-        transpose = jax.linear_transpose(lambda rows: delta(rows, kernel, factors), thing)
-        return view.outputs(transpose(x)[0])
-    lead = len(view.batch)
-    return view.outputs(over_lead(delta, lead)(x, kernel, factors)).astype(dtype)

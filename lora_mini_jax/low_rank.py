@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.method import Factors, Method, require_number, require_whole
+from lora_mini_jax.checks import require_number, require_whole
+from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.tree import float32
 
 

@@ -7,15 +7,15 @@ page of formulas. What few methods need (a dense update, a step of their own, ke
 on each other) are hooks with defaults that do nothing.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, NamedTuple, Self, get_type_hints
 
 import jax
 import jax.numpy as jnp
 
+from lora_mini_jax.checks import require_number
 from lora_mini_jax.errors import UserError
 
 Factors = dict[str, jax.Array]
@@ -198,28 +198,6 @@ class Method(ABC):
         """The hyper-parameters this method has, its own first."""
         names = [f.name for f in fields(cls)]
         return (*names[1:], names[0])
-
-
-def require_whole(name: str, value: Any, low: int = 1) -> None:
-    """Raise `UserError` unless ``value`` is a whole number from ``low``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise UserError(f"{name} is {value!r}: give a whole number from {low}")
-
-
-def require_number(name: str, value: Any, low: float | None = None) -> None:
-    """Raise `UserError` unless ``value`` is finite, and above 0 (or from ``low``, where given)."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    fits = number and math.isfinite(value) and (value > 0 if low is None else value >= low)
-    if not fits:
-        allowed = "above 0" if low is None else f"from {low}"
-        raise UserError(f"{name} is {value!r}: give a finite number {allowed}")
-
-
-def require_choice(name: str, value: Any, choices: Any) -> None:
-    """Raise `UserError` unless ``value`` is one of a ``Literal``'s."""
-    assert get_origin(choices) is Literal
-    if value not in get_args(choices):
-        raise UserError(f"{name} is {value!r}: choose one of {', '.join(get_args(choices))}")
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:

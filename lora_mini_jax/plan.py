@@ -9,7 +9,8 @@ from typing import Any
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Method
 from lora_mini_jax.methods.full import Full
-from lora_mini_jax.tree import Target, listing, matches
+from lora_mini_jax.selection import listing, matches
+from lora_mini_jax.tree import Target
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,12 @@ def check(sites: Iterable[Site]) -> None:
     sites = tuple(sites)
     claims = Counter(site.target.path for site in sites)
     found = [f"{path}: {n} methods claim it" for path, n in claims.items() if n > 1]
+    owning = {site.target.path for site in sites if not site.owner}
+    found += [
+        f"{site.target.path}: uses the leaves of {site.owner}, which has none"
+        for site in sites
+        if site.owner and site.owner not in owning
+    ]
     for site in sites:
         target, method = site.target, site.method
         if target.kind == "array" and not method.adapts_any_array:

@@ -25,8 +25,9 @@ from lora_mini_jax.models.hub import load_config
 from lora_mini_jax.options import Pretrain
 from lora_mini_jax.plan import Site, plan
 from lora_mini_jax.schedule import of_length
+from lora_mini_jax.selection import select
 from lora_mini_jax.task import Task, check_length
-from lora_mini_jax.tree import flatten, matrices, parameters, select, unflatten
+from lora_mini_jax.tree import flatten, matrices, parameters, unflatten
 
 
 def prepare(options: Pretrain) -> Task:

@@ -28,7 +28,8 @@ from lora_mini_jax.models import Llama, LlamaConfig, load
 from lora_mini_jax.models.hub import load_config, resolve
 from lora_mini_jax.options import AdapterOptions, Finetune, one_or_names
 from lora_mini_jax.plan import Site, check, plan
-from lora_mini_jax.tree import parameters, select
+from lora_mini_jax.selection import select
+from lora_mini_jax.tree import parameters
 
 HELD_OUT_SHARE = 0.05
 

@@ -47,15 +47,15 @@ def join(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
 def split(tree: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, Any], Adapter]:
     """The inverse of `join`: ``(params, adapter)``; ``adapter`` gives sites and key."""
     params: dict[str, Any] = {}
+    own = [site.target.path for site in adapter.sites if not site.owner]
     parts: dict[str, dict[str, Factors]] = {
-        "trainable": {site.target.path: {} for site in adapter.sites},
-        "frozen": {site.target.path: {} for site in adapter.sites},
+        group: {path: {} for path in own} for group in ("trainable", "frozen")
     }
     for path, leaf in flatten(tree).items():
-        for group, own in parts.items():
-            owner, mark, name = path.rpartition(f"{SUFFIX}/{group}/")
-            if mark and owner in own:
-                own[owner][name] = leaf
+        for group, part in parts.items():
+            kernel, mark, name = path.rpartition(f"{SUFFIX}/{group}/")
+            if mark and kernel in part:
+                part[kernel][name] = leaf
                 break
         else:
             params[path] = leaf

@@ -21,8 +21,8 @@ PACKAGE = Path(lora_mini_jax.__file__).parent
 # `Full` is what modules_to_save means, and what pre-training and calibration use; a search belongs
 # to DiffoRA as its step does to SwitchLoRA, but has a training set of its own.
 MAY_NAME = {
-    "Full": {"plan.py", "calibrate.py", "scratch.py"},
-    "DiffoRA": {"choice.py", "search.py", "search_run.py", "controls.py"},
+    "Full": {"plan.py", "calibration.py", "scratch.py"},
+    "DiffoRA": {"choice.py", "search.py", "search_run.py"},
 }
 
 

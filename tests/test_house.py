@@ -10,8 +10,9 @@ from tests.check_pins import disagreements
 
 PACKAGE = Path(lora_mini_jax.__file__).parent
 # Lower layers first; a file may import those before it. Anything not listed is above them all.
-LAYERS = ("errors", "spec", "files", "sketch", "tree", "layers", "method", "low_rank", "methods",
-          "plan", "adapter", "transform", "optim", "moves", "train")  # fmt: skip
+LAYERS = ("errors", "checks", "spec", "files", "sketch", "tree", "selection", "layers", "method",
+          "low_rank", "methods", "plan", "adapter", "transform", "optim", "moves",
+          "train")  # fmt: skip
 HEAVY = {"flax", "orbax", "transformers", "datasets", "tyro", "matplotlib", "tokenizers"}
 
 

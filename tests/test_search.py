@@ -13,6 +13,7 @@ import pytest
 
 import lora_mini_jax.finetune as finetune_module
 import lora_mini_jax.search_run as search_run
+from experiments.controls import at_budget, by_gradient_norm, random_choice
 from lora_mini_jax import (
     LoRA,
     Target,
@@ -29,7 +30,6 @@ from lora_mini_jax import (
     unmerge,
 )
 from lora_mini_jax.choice import agreed, discretise, openings
-from lora_mini_jax.controls import at_budget, by_gradient_norm, random_choice
 from lora_mini_jax.data import Batches, Packed
 from lora_mini_jax.finetune import finetune
 from lora_mini_jax.methods import DiffoRA, MiSS, VeRA, from_dict

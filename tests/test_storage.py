@@ -3,6 +3,7 @@
 import errno
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import safetensors.numpy
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from lora_mini_jax import Adapter, LoRA, LoRAMini, Target, UserError, init, load, save
+from lora_mini_jax import Adapter, LoRA, LoRAMini, Target, UserError, init, join, load, save, split
+from lora_mini_jax.adapter import draw
+from lora_mini_jax.plan import Site
 from lora_mini_jax.sketch import same, sketch
 from tests.cases import by_name, draws, randomised
 
@@ -275,3 +278,21 @@ def test_a_sketch_bears_rounding_and_tells_arrays_apart(scale: float):
         assert not same(sketch(array), sketch(other))
     assert same(sketch(np.zeros(4)), sketch(np.zeros(4)))
     assert not same(sketch(array), sketch(array)[:-1])
+
+
+def test_an_owner_without_leaves_is_one_line(tmp_path):
+    """As a damaged or hand-edited adapter.json may have it."""
+    kernels = {f"{n}/kernel": (6, 6) for n in ("q", "v")}
+    params = {n: {"kernel": jnp.ones((6, 6))} for n in ("q", "v")}
+    q, v = (Site(Target(path, shape), LoRA(rank=2)) for path, shape in kernels.items())
+    adapter = draw(params, (q, replace(v, owner="q/kernel")), 0)
+    save(tmp_path / "one", adapter, params)
+    loaded = load(tmp_path / "one", params)
+    assert loaded.sites == adapter.sites
+    joined, back = join(params, loaded), split(join(params, loaded), loaded)[1]
+    assert "v" in joined
+    assert jax.tree.structure(back) == jax.tree.structure(loaded)
+    text = (tmp_path / "one" / "adapter.json").read_text()
+    (tmp_path / "one" / "adapter.json").write_text(text.replace('"q/kernel"}', '"k/kernel"}'))
+    with pytest.raises(UserError, match="v/kernel: uses the leaves of k/kernel, which has none"):
+        load(tmp_path / "one", params)

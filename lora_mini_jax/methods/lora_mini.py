@@ -6,9 +6,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from lora_mini_jax.checks import require_choice, require_whole
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.low_rank import LowRank, orthonormal, top_singular
-from lora_mini_jax.method import Factors, Method, require_choice, require_whole, uniform
+from lora_mini_jax.method import Factors, Method, uniform
 
 OuterInit = Literal["normal", "fan_in", "orthogonal", "svd", "gradient", "activation"]
 FROM_DATA = ("gradient", "activation")

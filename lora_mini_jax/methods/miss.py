@@ -9,7 +9,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.method import Factors, Method, require_choice, require_whole
+from lora_mini_jax.checks import require_choice, require_whole
+from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.tree import float32
 
 Mode = Literal["miss", "mini", "bat"]

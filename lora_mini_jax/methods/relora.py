@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_mini_jax.checks import require_whole
 from lora_mini_jax.low_rank import LowRank
-from lora_mini_jax.method import Factors, Kernels, Schedule, Stepped, require_whole, uniform
+from lora_mini_jax.method import Factors, Kernels, Schedule, Stepped, uniform
 from lora_mini_jax.tree import over_lead
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from lora_mini_jax.checks import require_number, require_whole
 from lora_mini_jax.low_rank import Product
-from lora_mini_jax.method import Factors, Kernels, Stepped, require_number, require_whole, uniform
+from lora_mini_jax.method import Factors, Kernels, Stepped, uniform
 from lora_mini_jax.tree import over_lead
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from lora_mini_jax.checks import require_number
 from lora_mini_jax.low_rank import Product
-from lora_mini_jax.method import Factors, require_number, uniform
+from lora_mini_jax.method import Factors, uniform
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from lora_mini_jax import LoRA, LoRAMini, TrainState, UserError, init, linen, load, save, select
-from lora_mini_jax.calibrate import calibrate
+from lora_mini_jax.calibration import calibrate
 from tests.cases import by_name, cross_entropy, random_params, setup
 
 N_IN, N_OUT = 9, 7

@@ -1,0 +1,114 @@
+"""What stands beside the kernels for the length of one call, and what it adds to a layer's output.
+
+The factors of a kernel are put next to it in the parameters, so that ``scan``, ``remat`` and
+``vmap`` slice them along; a dense update is added to the kernel itself.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lora_mini_jax.adapter import Adapter, as_key, fold_path
+from lora_mini_jax.plan import Site
+from lora_mini_jax.tree import flatten, over_lead, unflatten
+from lora_mini_jax.views import View
+
+Array = jax.Array
+SUFFIX = "_factors"
+DROPOUT = "dropout_key"
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("factors",), meta_fields=("path", "call"))
+@dataclass(frozen=True)
+class _Beside:
+    """What stands beside a parameter for the length of a call: its factors, perhaps none.
+
+    ``path`` and ``call`` are part of the tree's structure, and so of the key under which ``nn.jit``
+    keeps a traced layer. Without them a layer traced in another call, or at another place in the
+    model, would be taken from there, un-adapted or with another place's adapter.
+    """
+
+    factors: dict[str, Array]
+    path: str
+    call: object
+
+
+def marked(params: Mapping[str, Any], factors: Mapping[str, dict[str, Array]]) -> dict[str, Any]:
+    """The parameters with a `_Beside` next to each."""
+    flat, call = flatten(params), object()
+    beside = {path + SUFFIX: _Beside(factors.get(path, {}), path, call) for path in flat}
+    return unflatten({**flat, **beside})
+
+
+def joined(
+    params: Mapping[str, Any], adapter: Adapter, dropout_key: Array | None
+) -> dict[str, Any]:
+    """The parameters as one call uses them: dense updates added, the factors beside the kernels."""
+    factors = _used(adapter)
+    own = {
+        site.target.path: factors[site.target.path] | _dropout(site, dropout_key)
+        for site in adapter.sites
+        if site.target.kind != "array"
+    }
+    return marked(_shifted(params, adapter, factors), own)
+
+
+def _used(adapter: Adapter) -> dict[str, dict[str, Array]]:
+    """The factors without those that only training needs: they need not ride through a scan."""
+    found = adapter.factors()
+    for site in adapter.sites:
+        own = found[site.target.path]
+        found[site.target.path] = {n: x for n, x in own.items() if n not in site.method.scratch}
+    return found
+
+
+def _shifted(params: Mapping[str, Any], adapter: Adapter, factors: Any) -> dict[str, Any]:
+    """The parameters with every dense update added, in the parameters' own dtypes."""
+    flat = flatten(params)
+    for site in adapter.sites:
+        path = site.target.path
+        shift = site.method.shift(factors[path])
+        if shift is not None:
+            flat[path] = (flat[path] + site.target.unmatrix(shift)).astype(flat[path].dtype)
+    return unflatten(flat)
+
+
+def _dropout(site: Site, key: Array | None) -> dict[str, Array]:
+    """The random stream of one kernel's dropout, a key for every stacked layer; data of keys, so
+    that ``scan`` and ``vmap`` can slice it like any other leaf."""
+    if key is None or not site.method.dropout:
+        return {}
+    own = fold_path(as_key(key), site.target.path)
+    stack = site.target.shape[: site.target.stack]
+    return {DROPOUT: jax.random.key_data(jax.random.split(own, stack) if stack else own)}
+
+
+def _dropped(x: Array, rate: float, key: Array) -> Array:
+    """``x`` with a share of its entries zeroed and the others scaled up by as much."""
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def delta(module: nn.Module, site: Site, view: View, dtype: Any, call: int) -> Array:
+    """The adapter's contribution to the ``call``-th call of a layer, in the shape and dtype of the
+    layer's output. Rows that are looked up know no dropout, as in PEFT."""
+    factors = dict(module.get_variable("params", view.leaf + SUFFIX).factors)
+    stream = factors.pop(DROPOUT, None)
+    inner = replace(site.target, shape=site.target.shape[site.target.stack :], stack=0)
+    kernel = inner.matrix(module.get_variable("params", view.leaf))
+    if view.use == "rows":
+        return site.method.rows(view.inputs, kernel, factors).astype(dtype)
+    x, delta = view.inputs.astype(dtype), site.method.delta
+    if stream is not None:
+        x = _dropped(x, site.method.dropout, jax.random.fold_in(as_key(stream), call))
+    if view.use == "transposed":
+        thing = jax.ShapeDtypeStruct((*x.shape[:-1], inner.n_in), dtype)
+        transpose = jax.linear_transpose(lambda rows: delta(rows, kernel, factors), thing)
+        return view.outputs(transpose(x)[0])
+    lead = len(view.batch)
+    return view.outputs(over_lead(delta, lead)(x, kernel, factors)).astype(dtype)

@@ -1,0 +1,28 @@
+"""Checks of a setting: what was given and what is allowed, in one line."""
+
+import math
+from typing import Any, Literal, get_args, get_origin
+
+from lora_mini_jax.errors import UserError
+
+
+def require_whole(name: str, value: Any, low: int = 1) -> None:
+    """Raise `UserError` unless ``value`` is a whole number from ``low``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise UserError(f"{name} is {value!r}: give a whole number from {low}")
+
+
+def require_number(name: str, value: Any, low: float | None = None) -> None:
+    """Raise `UserError` unless ``value`` is finite, and above 0 (or from ``low``, where given)."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = number and math.isfinite(value) and (value > 0 if low is None else value >= low)
+    if not fits:
+        allowed = "above 0" if low is None else f"from {low}"
+        raise UserError(f"{name} is {value!r}: give a finite number {allowed}")
+
+
+def require_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise `UserError` unless ``value`` is one of a ``Literal``'s."""
+    assert get_origin(choices) is Literal
+    if value not in get_args(choices):
+        raise UserError(f"{name} is {value!r}: choose one of {', '.join(get_args(choices))}")
