@@ -86,6 +86,17 @@ LAYERS, WIDTH, HIDDEN, HEADS, VOCAB = 2, 16, 24, 2, 20
 LAYOUTS = ("plain", "remat", "scan", "scan+remat", "vmap")
 
 
+# How layers are laid out is the core's business, the same for all methods, so one of each sort (a
+# chain, one that reads the kernel, a dense part, related kernels) goes through every layout.
+THOROUGH = {"lora", "lora-mini-orthogonal", "dora", "miss", "full", "switchlora", "diffora-softmax"}
+LAID_OUT = [
+    (case, layout)
+    for case in CASES
+    for layout in LAYOUTS
+    if case.name in THOROUGH or layout in ("plain", "scan+remat")
+]
+
+
 class Block(nn.Module):
     """Attention and a feed-forward part: DenseGeneral, Dense and an Einsum with a batch axis."""
 

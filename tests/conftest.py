@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import pytest
+
 CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,3 +13,12 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Compiled programs are kept for ever otherwise: gigabytes, after some hundred tests."""
+    yield
+    import jax
+
+    jax.clear_caches()

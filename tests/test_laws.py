@@ -26,8 +26,8 @@ from lora_mini_jax.methods import METHODS, from_dict
 from lora_mini_jax.tree import flatten, over_lead
 from tests.cases import (
     CASES,
+    LAID_OUT,
     LAYERS,
-    LAYOUTS,
     WIDTH,
     Case,
     by_name,
@@ -40,7 +40,9 @@ from tests.cases import (
 )
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+every_layout = pytest.mark.parametrize(
+    ("case", "layout"), LAID_OUT, ids=[f"{case.name}-{layout}" for case, layout in LAID_OUT]
+)
 
 
 def close(a: Any, b: Any, tolerance: float = 2e-5) -> None:
@@ -115,7 +117,6 @@ def test_delta_is_the_merged_kernel_less_the_kernel(case: Case):
 
 
 @every_layout
-@every_case
 def test_adapted_call_equals_merged_weights(case: Case, layout: str):
     at, adapter, apply = setup(layout), trained(case, layout), linen.adapt(setup(layout).model)
     noise = draws(jax.ShapeDtypeStruct((*at.tokens.shape, WIDTH), jnp.float32), 0.1)
@@ -147,7 +148,6 @@ def test_adapted_call_equals_merged_weights(case: Case, layout: str):
 
 
 @every_layout
-@every_case
 def test_unmerging_returns_the_kernels(case: Case, layout: str):
     at, adapter = setup(layout), trained(case, layout)
     merged = merge(at.params, adapter)
@@ -159,7 +159,6 @@ def test_unmerging_returns_the_kernels(case: Case, layout: str):
 
 
 @every_layout
-@every_case
 def test_count_is_the_documented_formula(case: Case, layout: str):
     wanted = 0
     for target in setup(layout).targets:
