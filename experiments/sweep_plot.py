@@ -1,9 +1,11 @@
 """Draw and tabulate what ``experiments.sweep_e2e`` found.
 
     python -m experiments.sweep_plot
+    python -m experiments.sweep_plot --results experiments/results/sweep_wide.json \\
+        --base "a 2.3M-parameter Llama of width 256"
 
-Reads ``experiments/results/sweep_e2e.json``; writes ``sweep_e2e.png`` (held-out loss against
-trained parameters) and ``sweep_e2e.md`` (all configurations) beside it. Takes two seconds.
+Reads ``experiments/results/sweep_e2e.json``, or another; writes ``sweep_e2e.png`` (held-out loss
+against trained parameters) and ``sweep_e2e.md`` (all configurations) beside it, in two seconds.
 """
 
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ import tyro
 from lora_mini_jax.files import read_json, write_text
 
 Result = dict[str, Any]
-COLOURS = {"orthogonal": "#0072B2", "svd": "#009E73", "fan_in": "#D55E00", "normal": "#CC79A7"}
+COLOURS = {"orthogonal": "#0072B2", "svd": "#009E73", "gradient": "#E41A1C",
+           "activation": "#984EA3", "fan_in": "#D55E00", "normal": "#CC79A7"}  # fmt: skip
+OTHERS = {"lora-xs": ("LoRA-XS", "x"), "vera": ("VeRA", "v"), "miss": ("MiSS mini", "D")}
 BUDGETS = (10, 20)
 
 
@@ -28,13 +32,16 @@ class Options:
     """Where the results are; the picture and the table go beside them."""
 
     results: Path = Path(__file__).parent / "results" / "sweep_e2e.json"
+    base: str = "a 260K-parameter Llama"
+    """What the picture says it was."""
 
 
 def main(options: Options) -> None:
     """Write the picture and the table."""
     found: dict[str, Result] = read_json(options.results)
     write_text(options.results.with_suffix(".md"), table(found))
-    figure = draw([r for r in found.values() if r["base"] == "pretrained"])
+    title = f"E2E on {options.base}: three seeds, learning rate tuned for each point"
+    figure = draw([r for r in found.values() if r["base"] == "pretrained"], title)
     figure.savefig(options.results.with_suffix(".png"), dpi=150)
 
 
@@ -54,16 +61,18 @@ def table(found: dict[str, Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(found: list[Result]) -> plt.Figure:
+def draw(found: list[Result], title: str) -> plt.Figure:
     """Held-out loss against trained parameters, a line along the best of each kind."""
     figure, axes = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
-    loras = [r for r in found if r["method"]["method"] == "lora"]
+    loras = of(found, "lora")
     whole = [r for r in loras if r["include"] == "all-linear"]
     series(axes, whole, "LoRA, all linear kernels", "black", "o")
     series(axes, [r for r in loras if r not in whole], "LoRA, some kernels", "0.55", "s")
     for outer_init, colour in COLOURS.items():
         own = [r for r in found if r["method"].get("outer_init") == outer_init]
         series(axes, own, f"LoRA-Mini, {outer_init}", colour, "^")
+    for name, (label, marker) in OTHERS.items():
+        series(axes, of(found, name), label, "#A6761D", marker)
     most = max(r["trained"] for r in whole)
     for factor in BUDGETS:
         axes.axvline(most / factor, color="0.8", linewidth=1, zorder=0)
@@ -74,10 +83,11 @@ def draw(found: list[Result]) -> plt.Figure:
         )  # fmt: skip
     axes.set(
         xscale="log", xlabel="trained parameters",
-        ylabel="held-out loss (nats a completion token)",
-        title="E2E on a 260K-parameter Llama: three seeds, learning rate tuned for each point",
+        ylabel="held-out loss (nats a completion token)", title=title,
     )  # fmt: skip
-    ticks = [500, 1000, 2000, 5000, 10_000, 20_000, 50_000]
+    low, high = (f(r["trained"] for r in found) for f in (min, max))
+    ticks = [n * 10**power for power in range(2, 7) for n in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low * 0.7 < tick < high * 1.4]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.25)
@@ -85,6 +95,11 @@ def draw(found: list[Result]) -> plt.Figure:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure
+
+
+def of(found: list[Result], method: str) -> list[Result]:
+    """The results of one method."""
+    return [r for r in found if r["method"]["method"] == method]
 
 
 def series(axes: plt.Axes, found: list[Result], label: str, colour: str, marker: str) -> None:
