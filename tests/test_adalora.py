@@ -248,6 +248,6 @@ def test_a_bad_setting_is_refused_in_one_line_that_names_it(bad: dict[str, Any])
     assert "\n" not in str(caught.value)
 
 
-def test_the_run_s_length_must_be_given():
-    with pytest.raises(UserError, match="total_steps is 0"):
-        AdaLoRA()
+def test_a_run_shorter_than_its_phases_is_refused():
+    with pytest.raises(UserError, match="total_steps is 30"):
+        AdaLoRA(tinit=20, tfinal=10, total_steps=30)
