@@ -30,6 +30,7 @@ from tqdm import tqdm
 import lora_mini_jax as lmj
 from lora_mini_jax.files import write_json
 from lora_mini_jax.flops import dot_flops
+from lora_mini_jax.methods import from_spec
 
 FIRST = tuple(("layers_0", "self_attn", name) for name in ("q_proj", "k_proj", "v_proj"))
 COLUMNS: dict[str, tuple[str, float, str]] = {
@@ -62,6 +63,8 @@ class Options:
     rank: int = 8
     inner: int = 64
     """LoRA-Mini's a and b."""
+    methods: tuple[str, ...] = ()
+    """More rows, each a method and its settings: miss:rank=64 lora:rank=36 dora."""
 
 
 QUICK = Options(quick=True, layers=3, width=256, ff=1024, vocab=1024, length=128, rounds=5)
@@ -90,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, write the JSON."""
     argv = sys.argv[1:] if argv is None else argv
     options = tyro.cli(Options, args=argv, default=QUICK if "--quick" in argv else Options())
+    for spec in options.methods:
+        from_spec(spec)
     if options.json:  # before the work, so that a bad path costs nothing
         options.json.parent.mkdir(parents=True, exist_ok=True)
     rows = measure(options)
@@ -117,7 +122,8 @@ def measure(options: Options) -> list[dict[str, Any]]:
     tokens = jax.random.randint(jax.random.key(1), shape, 0, options.vocab)
     params = jax.jit(model.init)(jax.random.key(0), tokens[:, :-1])["params"]
     rows = []
-    for row in tqdm(build(options, model, params, tokens), "compile", total=5, unit="row"):
+    total = 5 + len(options.methods)
+    for row in tqdm(build(options, model, params, tokens), "compile", total=total, unit="row"):
         row.step(params, tokens)
         row.times.clear()
         rows.append(row)
@@ -150,6 +156,8 @@ def build(options: Options, model: Any, params: Any, tokens: jax.Array) -> Itera
     yield adapted("lora", lmj.LoRA(options.rank), adapt)
     yield adapted("lora-mini merged", mini, merged)
     yield full(tx, model, params, tokens)
+    for spec in options.methods:
+        yield adapted(spec, from_spec(spec), adapt)
 
 
 def floor(options: Options, model: Any, params: Any, tokens: jax.Array) -> Row:

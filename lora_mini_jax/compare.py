@@ -3,11 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import write_json
 from lora_mini_jax.finetune import Log, finetune
+from lora_mini_jax.models import Llama
+from lora_mini_jax.models.hub import load_config, resolve
 from lora_mini_jax.options import Compare, to_json
 from lora_mini_jax.report import compare_report, label, table_row, table_text
 from lora_mini_jax.runs import RunFolder
+from lora_mini_jax.task import planned_sites
 
 Row = dict[str, Any]
 ROW = ("method", "settings", "trainable", "trainable_share", "valid_loss_before",
@@ -27,6 +31,7 @@ def compare(options: Compare, say: Log = print, title: str = "Comparison") -> li
         UserError: as `finetune`.
     """
     folder = Path(options.output_dir)
+    check_plans(options)
     runs: dict[str, list[tuple[Row, list]]] = {}
     rows = []
     for spec in options.methods:
@@ -44,6 +49,16 @@ def compare(options: Compare, say: Log = print, title: str = "Comparison") -> li
     say_samples(runs, say)
     say(f"report: {page}")
     return rows
+
+
+def check_plans(options: Compare) -> None:
+    """Whether every method can adapt the model as it is told to, before the first is trained."""
+    model = Llama(load_config(resolve(options.model)))
+    for spec in options.methods:
+        try:
+            planned_sites(options.run_options(spec, options.seeds[0]), model)
+        except UserError as error:
+            raise UserError(f"{spec}: {error}") from None
 
 
 def say_samples(runs: dict[str, list[tuple[Row, list]]], say: Log) -> None:

@@ -18,14 +18,15 @@ SIZES: dict[str, Any] = {
     "inner": 8, "rounds": 2,
 }  # fmt: skip
 SMALL = Options(**SIZES)
-NAMES = ["frozen floor", "lora-mini", "lora", "lora-mini merged", "full"]
+MORE = ["miss:rank=16", "dora:rank=2"]
+NAMES = ["frozen floor", "lora-mini", "lora", "lora-mini merged", "full", *MORE]
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     path = tmp_path_factory.mktemp("benchmark") / "new" / "step.json"
     flags = [word for name, size in SIZES.items() for word in (f"--{name}", str(size))]
-    main(["--quick", "--json", str(path), *flags])
+    main(["--quick", "--json", str(path), *flags, "--methods", *MORE])
     return json.loads(path.read_text())
 
 
@@ -74,6 +75,20 @@ def lora(o: Options) -> int:
     return floor(o) + o.layers * times_tokens(o, *thin) - times_tokens(o, *[o.width * o.rank] * 3)
 
 
+def miss(o: Options, rank: int = 16) -> int:
+    """One thin product forward, one back, one for D; the sums of inputs are no products."""
+    thin = (3 * rank * m for _, m in kernels(o))
+    return floor(o) + o.layers * times_tokens(o, *thin) - times_tokens(o, *[rank * o.width] * 3)
+
+
+def dora(o: Options, rank: int = 2) -> int:
+    """LoRA's, the kernel's own product once more each way, and the update for its norm."""
+    both = (3 * rank * (n + m) + 2 * n * m for n, m in kernels(o))
+    spared = [o.width * rank + o.width**2] * 3
+    norms = o.layers * sum(2 * rank * n * m for n, m in kernels(o))
+    return floor(o) + o.layers * times_tokens(o, *both) + norms - times_tokens(o, *spared)
+
+
 def test_the_file_holds_what_it_promises(record):
     assert [row["name"] for row in record["rows"]] == NAMES
     assert all(set(row) == {"name", *COLUMNS} for row in record["rows"])
@@ -95,7 +110,8 @@ def test_times_are_positive_and_ordered(rows):
 def test_arithmetic_is_that_of_the_formulas(rows):
     """In particular: no adapter forms a dense weight gradient, and the floor skips nothing."""
     counted = {name: round(row["dot_gflop"] * 1e9) for name, row in rows.items()}
-    known = {"frozen floor": floor, "lora-mini": lora_mini, "lora": lora}
+    known: dict[str, Any] = {"frozen floor": floor, "lora-mini": lora_mini, "lora": lora}
+    known |= dict(zip(MORE, (miss, dora), strict=True))
     assert {name: counted[name] for name in known} == {n: f(SMALL) for n, f in known.items()}
     assert counted["full"] == 3 * forward(SMALL)
     # Merged, the dense gradients come back, and the merge itself is added.
@@ -118,6 +134,8 @@ def test_trainable_counts_are_the_formulas(rows):
         "lora": o.layers * sum(o.rank * (n + m) for n, m in kernels(o)),
         "lora-mini merged": adapted,
         "full": linear + o.vocab * o.width + (2 * o.layers + 1) * o.width,
+        "miss:rank=16": o.layers * sum(16 * m for _, m in kernels(o)),
+        "dora:rank=2": o.layers * sum(2 * (n + m) + m for n, m in kernels(o)),
     }
     assert {name: row["trainable"] for name, row in rows.items()} == expected
     for name, row in rows.items():  # Adam: two float32 a parameter, and its step count

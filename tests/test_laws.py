@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,11 +24,15 @@ from lora_mini_jax import (
     unmerge,
 )
 from lora_mini_jax.methods import METHODS, from_dict
+from lora_mini_jax.plan import plan
 from lora_mini_jax.tree import flatten, over_lead
 from tests.cases import (
     CASES,
     LAID_OUT,
     LAYERS,
+    LAYOUTS,
+    MAIN,
+    THOROUGH,
     WIDTH,
     Case,
     by_name,
@@ -40,6 +45,7 @@ from tests.cases import (
 )
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+main_case = pytest.mark.parametrize("case", MAIN, ids=lambda case: case.name)
 every_layout = pytest.mark.parametrize(
     ("case", "layout"), LAID_OUT, ids=[f"{case.name}-{layout}" for case, layout in LAID_OUT]
 )
@@ -99,8 +105,8 @@ def test_starts_as_the_unchanged_model(case: Case):
     if not case.identity_at_start:
         pytest.skip("this method does not start at the identity")
     at = setup()
-    y = linen.adapt(at.model)(at.params, drawn(case), at.tokens)
-    close(y, at.model.apply({"params": at.params}, at.tokens), 1e-6)
+    y = jax.jit(linen.adapt(at.model))(at.params, drawn(case), at.tokens)
+    close(y, jax.jit(at.model.apply)({"params": at.params}, at.tokens), 1e-6)
 
 
 @every_case
@@ -150,28 +156,29 @@ def test_adapted_call_equals_merged_weights(case: Case, layout: str):
 @every_layout
 def test_unmerging_returns_the_kernels(case: Case, layout: str):
     at, adapter = setup(layout), trained(case, layout)
-    merged = merge(at.params, adapter)
+    merged = jax.jit(merge)(at.params, adapter)
     adapted = {t.path for t in at.targets}
     changed = {path for path, x in flatten(merged).items()
                if not np.array_equal(x, flatten(at.params)[path])}  # fmt: skip
     assert changed == adapted
-    close(unmerge(merged, adapter), at.params, 1e-6)
+    close(jax.jit(unmerge)(merged, adapter), at.params, 1e-6)
 
 
-@every_layout
+@pytest.mark.parametrize("layout", LAYOUTS)
+@every_case
 def test_count_is_the_documented_formula(case: Case, layout: str):
-    wanted = 0
-    for target in setup(layout).targets:
+    at, wanted = setup(layout), 0
+    for target in at.targets:
         matrices = int(np.prod(target.shape)) // (target.n_in * target.n_out)
         wanted += matrices * case.formula(target.n_in, target.n_out)
-    adapter = drawn(case, layout)
+    adapter = jax.eval_shape(lambda p: init(p, case.method, at.targets), at.params)
     assert count(adapter) == wanted == sum(site.n_trainable for site in adapter.sites)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(adapter.trainable))
 
 
-@every_case
+@main_case
 def test_training_moves_every_trained_leaf_and_nothing_else(case: Case):
-    at, adapter, traces = setup("scan"), drawn(case, "scan"), []
+    at, adapter, traces = setup(), drawn(case), []
     apply, tx = linen.adapt(at.model), optax.adam(1e-2)
     base, frozen = jax.tree.map(np.array, (at.params, adapter.frozen))
 
@@ -199,14 +206,15 @@ def test_training_moves_every_trained_leaf_and_nothing_else(case: Case):
             assert (moved > 0).any(1).all(), f"{path} {name}: some layer has no gradient"
 
 
-@every_case
+@main_case
 def test_stacked_kernels_equal_a_loop_over_layers(case: Case):
     scanned, loop = setup("scan"), setup("plain")
 
     def layer(tree, i):
         return jax.tree.map(lambda x: x[i], tree)
 
-    adapter, leaves = trained(case, "scan"), {"trainable": {}, "frozen": {}}
+    adapter = trained(case)
+    leaves: dict[str, dict] = {"trainable": {}, "frozen": {}}
     params = {k: v for k, v in scanned.params.items() if k != "layers"}
     params |= {f"layers_{i}": layer(scanned.params["layers"], i) for i in range(LAYERS)}
     for group, new in leaves.items():
@@ -216,14 +224,14 @@ def test_stacked_kernels_equal_a_loop_over_layers(case: Case):
                 continue
             for i in range(LAYERS):
                 new[path.replace("layers", f"layers_{i}", 1)] = layer(factors, i)
-    unstacked = replace(drawn(case, "plain"), **leaves)
-    y = linen.adapt(loop.model)(params, unstacked, loop.tokens)
-    close(y, linen.adapt(scanned.model)(scanned.params, adapter, scanned.tokens))
+    unstacked = replace(adapter, **leaves, sites=plan(case.method, loop.targets))
+    y = jax.jit(linen.adapt(loop.model))(params, unstacked, loop.tokens)
+    close(y, jax.jit(linen.adapt(scanned.model))(scanned.params, adapter, scanned.tokens))
 
 
 @every_case
 def test_adding_targets_changes_no_other_draw(case: Case):
-    at, adapter = setup("scan"), drawn(case, "scan")
+    at, adapter = setup(), drawn(case)
     few = init(at.params, case.method, select(at.targets, "down|embed"), 7)
     assert 0 < len(few.sites) < len(adapter.sites)
     for path in few.trainable:
@@ -232,7 +240,7 @@ def test_adding_targets_changes_no_other_draw(case: Case):
 
 @every_case
 def test_a_key_gives_the_same_bits_and_another_key_others(case: Case):
-    at, adapter = setup("scan"), drawn(case, "scan")
+    at, adapter = setup(), drawn(case)
     assert same_bits(adapter, init(at.params, case.method, at.targets, jax.random.key(7)))
     other = init(at.params, case.method, at.targets, 8)
     for path, factors in adapter.factors().items():
@@ -250,16 +258,18 @@ def test_json_round_trip_is_exact(case: Case):
 
 @every_case
 def test_saved_and_loaded_adapter_is_the_same_to_the_bit(case: Case, tmp_path):
-    at, adapter = setup("scan"), trained(case, "scan")
+    at, adapter = setup(), trained(case)
     save(tmp_path / "one", adapter, at.params)
     loaded = load(tmp_path / "one", at.params)
     assert loaded.sites == adapter.sites
     assert same_bits(loaded, adapter)
 
 
-@every_case
+@pytest.mark.parametrize(
+    "case", [case for case in MAIN if case.name in THOROUGH], ids=lambda case: case.name
+)
 def test_works_under_the_users_jit_grad_and_vmap(case: Case):
-    at, apply = setup("plain"), linen.adapt(setup("plain").model)
+    at, apply = setup(), linen.adapt(setup().model)
     adapters = [randomised(drawn(case), seed=seed) for seed in (1, 2)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *[a.trainable for a in adapters])
 
@@ -277,16 +287,20 @@ def test_works_under_the_users_jit_grad_and_vmap(case: Case):
 @every_case
 def test_bfloat16_kernels_are_merged_in_float32_then_cast(case: Case):
     """Merged in bfloat16, about a quarter of the entries would be rounded another way."""
-    at = setup("scan")
+    at = setup()
     small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), at.params)
     adapter = randomised(init(small, case.method, at.targets, 7), scale=0.5)
-    merged = flatten(merge(small, adapter))
+    merged = flatten(jax.jit(merge)(small, adapter))
+
+    @partial(jax.jit, static_argnums=0)
+    def in_float32(target: Any, kernel: Any, factors: Any) -> Any:
+        eye = jnp.broadcast_to(jnp.eye(target.n_in), (*target.lead, target.n_in, target.n_in))
+        delta = over_lead(case.method.delta, len(target.lead))
+        return shifted(case, kernel, factors) + delta(eye, kernel, factors)
+
     for site in adapter.sites:
         target, path = site.target, site.target.path
         kernel = target.matrix(flatten(small)[path]).astype(jnp.float32)
-        layers_own = shifted(case, kernel, adapter.factors()[path])
-        eye = jnp.broadcast_to(jnp.eye(target.n_in), (*target.lead, target.n_in, target.n_in))
-        delta = over_lead(case.method.delta, len(target.lead))
-        exact = (layers_own + delta(eye, kernel, adapter.factors()[path])).astype(jnp.bfloat16)
+        exact = in_float32(target, kernel, adapter.factors()[path]).astype(jnp.bfloat16)
         assert merged[path].dtype == jnp.bfloat16
         assert np.mean(target.matrix(merged[path]) != exact) < 0.02, path

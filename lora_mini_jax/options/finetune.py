@@ -125,6 +125,8 @@ def _safe(spec: str) -> str:
 
 def _typed(spec: str, name: str, value: Any, kind: Any) -> Any:
     """A setting of the run, as the option it stands for wants it."""
+    if "None" in str(kind) and value == "none":
+        return None
     if "tuple" in str(kind):
         return tuple(str(value).split("+"))
     wanted = next((k for k in (bool, int, float) if k.__name__ in str(kind)), str)
