@@ -22,3 +22,8 @@ def _forget_programs():
     import jax
 
     jax.clear_caches()
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, so that no worker is left alone with one in the end."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
