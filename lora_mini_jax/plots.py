@@ -16,12 +16,12 @@ def loss_curves(curves: Mapping[str, Points], held_out: Mapping[str, Points]) ->
     """
     figure, axes = _figure(7.5, 4)
     for i, (name, (steps, losses)) in enumerate(curves.items()):
-        axes.plot(steps, losses, color=f"C{i}", lw=1.3, label=f"{name}, training")
-    for i, (name, (steps, losses)) in enumerate(held_out.items()):
-        axes.plot(steps, losses, "o--", color=f"C{i}", ms=4, lw=0.8, label=f"{name}, held out")
+        axes.plot(steps, losses, color=f"C{i}", lw=1.3, label=name)
+    for i, (steps, losses) in enumerate(held_out.values()):
+        axes.plot(steps, losses, "o--", color=f"C{i}", ms=4, lw=0.8)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per token")
-    axes.legend(fontsize=8, frameon=False)
+    axes.set_ylabel("loss, nats per token; dots: held out")
+    _legend(axes)
     return _svg(figure)
 
 
@@ -37,10 +37,10 @@ def loss_against(cost: str, points: Mapping[str, Points], before: float) -> str:
     for i, (name, (costs, losses)) in enumerate(points.items()):
         axes.plot(costs, losses, "os^v"[i // 10 % 4], color=f"C{i}", label=name, alpha=0.8)
     axes.axhline(before, color="0.6", lw=0.8, ls=":", label="before training")
-    axes.set_xscale("log")
+    _log_axis(axes.xaxis)
     axes.set_xlabel(cost)
     axes.set_ylabel("held-out loss, nats per token")
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(axes)
     return _svg(figure)
 
 
@@ -62,6 +62,24 @@ def heat_map(
     axes.invert_yaxis()
     figure.colorbar(mesh, ax=axes)
     return _svg(figure)
+
+
+def _legend(axes: Any) -> None:
+    """Beside the picture: with many runs there is no room in it."""
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _log_axis(axis: Any) -> None:
+    """Logarithmic, with numbers people read: 2k, 5k, 10k."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    axis.axes.set_xscale("log")
+    low, high = axis.get_data_interval()
+    # Within a decade 1, 2 and 5 may be no number at all.
+    subs = (1, 2, 5) if high > 8 * low > 0 else range(1, 10)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=8))
+    axis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

@@ -32,11 +32,12 @@ COSTS = {
 """What quality is drawn against."""
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 54em; margin: 2em auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 66em; margin: 2em auto;
        padding: 0 1em }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
 table { border-collapse: collapse; width: 100% } svg { width: 100%; height: auto }
-th, td { text-align: right; padding: .3em .7em; border-bottom: 1px solid #dde3ea }
+th, td { text-align: right; padding: .3em .6em; border-bottom: 1px solid #dde3ea }
+td { white-space: nowrap } td:first-child { white-space: normal }
 th:first-child, td:first-child { text-align: left }
 th { font-size: .85em; vertical-align: bottom }
 pre { background: #f4f6f8; padding: .8em; white-space: pre-wrap; border-radius: 4px }
