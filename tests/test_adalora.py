@@ -249,5 +249,5 @@ def test_a_bad_setting_is_refused_in_one_line_that_names_it(bad: dict[str, Any])
 
 
 def test_a_run_shorter_than_its_phases_is_refused():
-    with pytest.raises(UserError, match="total_steps is 30"):
+    with pytest.raises(UserError, match="total_steps 30 is not above"):
         AdaLoRA(tinit=20, tfinal=10, total_steps=30)

@@ -73,3 +73,8 @@ def test_pins_and_ranges_agree():
 
 def test_the_shipped_model_is_small_enough():
     assert sum(path.stat().st_size for path in (PACKAGE / "base").iterdir()) <= 8_000_000
+
+
+def test_a_method_is_a_page():
+    for path in (PACKAGE / "methods").glob("*.py"):
+        assert len(path.read_text().splitlines()) < 150, path.name

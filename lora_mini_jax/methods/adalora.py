@@ -24,21 +24,19 @@ class AdaLoRA(LowRank):
     the rows of ``B`` near orthonormal.
 
     A triplet (column of ``A``, entry of ``E``, row of ``B``) is scored by running averages of
-    ``|parameter * gradient|`` and of its deviation. After update ``tinit`` the number
-    that may stay falls along a cubic from ``rank`` a kernel to ``target_rank``, over
-    all kernels with these settings; each matrix of a stack is one. Every ``delta_t`` updates the
-    lowest scores' ``E`` become 0, and may grow back until the next time; the pattern after update
-    ``total_steps - tfinal`` (counted from 0, so only if ``tfinal`` is not 0) is final. All this is
-    as in PEFT, which though fails if ``target_rank == rank``; here nothing is pruned then.
+    ``|parameter * gradient|`` and of its deviation. After update ``tinit`` the number that may stay
+    falls along a cubic from ``rank`` a kernel to ``target_rank``, over all kernels with these
+    settings. Every ``delta_t`` updates the lowest scores' ``E`` become 0, and may grow back until
+    the next time; the pattern after update ``total_steps - tfinal`` (from 0) is final. All as in
+    PEFT, which though fails if ``target_rank == rank``; here nothing is pruned then.
 
     Args:
         rank, alpha, dropout: as for `LoRA`; the rank is the one at the start.
         total_steps: how many updates the run has; the commands fill it in.
         target_rank: the mean rank in the end, at most ``rank``.
-        tinit, tfinal: updates before pruning starts, and with the final pattern.
-        delta_t: updates from one pruning to the next.
-        beta1, beta2: how slowly the averages of sensitivity and of its deviation move.
-        orth_reg_weight: weight of the loss term.
+        tinit, tfinal, delta_t: updates before pruning, with the final pattern, between prunings.
+        beta1, beta2: of the averages of sensitivity and deviation; orth_reg_weight: of the loss
+            term.
 
     Raises:
         UserError: a number out of its range, or ``total_steps`` not above ``tinit + tfinal``.
@@ -49,7 +47,6 @@ class AdaLoRA(LowRank):
     """
 
     name = "adalora"
-
     rank: int = 12
     total_steps: int = 1000
     target_rank: int = 8
@@ -62,19 +59,19 @@ class AdaLoRA(LowRank):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        lowest = {"total_steps": 0, "target_rank": 1, "tinit": 0, "tfinal": 0, "delta_t": 1}
-        for name, low in lowest.items():
-            require_whole(name, getattr(self, name), low)
+        for name in ("total_steps", "target_rank", "delta_t"):
+            require_whole(name, getattr(self, name))
+        for name in ("tinit", "tfinal"):
+            require_whole(name, getattr(self, name), low=0)
         require_number("orth_reg_weight", self.orth_reg_weight, low=0)
         for name in ("beta1", "beta2"):
             require_number(name, value := getattr(self, name))
             if value >= 1:
-                raise UserError(f"{name} is {value}: give a number above 0 and below 1")
+                raise UserError(f"{name} is {value}: give a number above 0, below 1")
         if self.target_rank > self.rank:
             raise UserError(f"target_rank {self.target_rank} exceeds rank {self.rank}: lower it")
         if self.total_steps <= (both := self.tinit + self.tfinal):
-            raise UserError(f"total_steps is {self.total_steps}: give the run's number of updates, "
-                            f"above tinit + tfinal = {both}")  # fmt: skip
+            raise UserError(f"total_steps {self.total_steps} is not above tinit + tfinal = {both}")
 
     @property
     def scale(self) -> float:
@@ -84,9 +81,7 @@ class AdaLoRA(LowRank):
     def stored(self) -> frozenset[str]:
         return frozenset({"kept", *(name for pair in AVERAGES.values() for name in pair)})
 
-    @property
-    def scratch(self) -> frozenset[str]:
-        return self.stored
+    scratch = stored
 
     def init(self, key: jax.Array, kernel: jax.Array) -> tuple[Factors, Factors]:
         (n_in, n_out), r, (left, right) = kernel.shape, self.rank, jax.random.split(key)

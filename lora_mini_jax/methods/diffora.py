@@ -94,9 +94,7 @@ class DiffoRA(Method):
     stored = property(lambda self: self.inner.stored)
     scratch = property(lambda self: self.inner.scratch)
     needs_data = property(lambda self: self.inner.needs_data)
-
-    def from_data(self, kernel: jax.Array, gradient: jax.Array, moment: jax.Array) -> Factors:
-        return self.inner.from_data(kernel, gradient, moment)
+    from_data = property(lambda self: self.inner.from_data)
 
     def init(self, key: jax.Array, kernel: jax.Array) -> tuple[Factors, Factors]:
         trainable, frozen = self.inner.init(key, kernel)
@@ -135,7 +133,7 @@ class DiffoRA(Method):
 
     def problems(self, n_in: int, n_out: int) -> list[str]:
         found = self.inner.problems(n_in, n_out)
-        if not found and self._reads_kernel(n_in, n_out):
+        if not found and self.inner.reads_kernel(n_in, n_out):
             found.append(f"the update of {self.inner.name} depends on the kernel: no gate for it")
         return found
 
@@ -148,11 +146,3 @@ class DiffoRA(Method):
     def _update(self, kernel: jax.Array, factors: Factors) -> jax.Array:
         """``g (inner(W) - W)``; as it does not depend on ``W``, no small difference is lost."""
         return self.opening(factors) * self.inner.merge(jnp.zeros_like(float32(kernel)), factors)
-
-    def _reads_kernel(self, n_in: int, n_out: int) -> bool:
-        """Whether the inner update depends on more of the kernel than its shape."""
-        kernel = jax.ShapeDtypeStruct((n_in, n_out), jnp.float32)
-        x = jax.ShapeDtypeStruct((1, n_in), jnp.float32)
-        trainable, frozen = jax.eval_shape(self.inner.init, jax.random.key(0), kernel)
-        program = jax.make_jaxpr(self.inner.delta)(x, kernel, {**frozen, **trainable}).jaxpr
-        return any(program.invars[1] is used for step in program.eqns for used in step.invars)
