@@ -89,6 +89,7 @@ class Options:
 def main(options: Options) -> None:
     """Do what the results do not hold yet, seed by seed, and write the table."""
     settings = {n: v for n, v in asdict(options).items() if n not in ("out", "seeds")}
+    settings |= {name: Path(settings[name]).name for name in ("model", "data", "valid")}
     record = read_json(options.out) if options.out.exists() else {"options": settings, "runs": {}}
     if record["options"] != settings:
         raise UserError(f"{options.out} holds results of other options: give another --out")
