@@ -5,7 +5,6 @@ along; which method adapts which kernel is static. The model's own parameters st
 never changed and never an argument of ``grad``.
 """
 
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.method import Factors, Method
+from lora_mini_jax.method import Factors, Method, fold_path
 from lora_mini_jax.plan import Site, by_method, plan
 from lora_mini_jax.tree import Target, matrices, over_lead
 
@@ -131,11 +130,6 @@ def as_key(key: jax.Array | int) -> jax.Array:
             f"jax.random.key(seed, impl='{GENERATOR}')"
         )
     return key
-
-
-def fold_path(key: jax.Array, path: str) -> jax.Array:
-    """The random stream that belongs to one kernel."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def count(adapter: Adapter) -> int:

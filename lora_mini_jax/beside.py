@@ -13,7 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.adapter import Adapter, as_key, fold_path
+from lora_mini_jax.adapter import Adapter, as_key
+from lora_mini_jax.method import fold_path
 from lora_mini_jax.plan import Site
 from lora_mini_jax.tree import flatten, over_lead, unflatten
 from lora_mini_jax.views import View

@@ -7,6 +7,7 @@ page of formulas. What few methods need (a dense update, a step of their own, ke
 on each other) are hooks with defaults that do nothing.
 """
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -57,7 +58,7 @@ class Method(ABC):
     """What the command line and saved files call it."""
 
     default_targets: ClassVar[str | tuple[str, ...]] = "all-linear"
-    """What it adapts when nobody says, in the words of `tree.select`."""
+    """What it adapts when nobody says, in the words of `selection.select`."""
 
     adapts_any_array: ClassVar[bool] = False
     """Whether it can train parameters that are not matrices: biases, norms, tables."""
@@ -206,6 +207,11 @@ class Method(ABC):
         """The hyper-parameters this method has, its own first."""
         names = [f.name for f in fields(cls)]
         return (*names[1:], names[0])
+
+
+def fold_path(key: jax.Array, path: str) -> jax.Array:
+    """The random stream that belongs to one kernel."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:

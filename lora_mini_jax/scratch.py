@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax import linen
 from lora_mini_jax.adapter import Adapter, as_key
 from lora_mini_jax.data import (
     Batches,
@@ -26,8 +25,8 @@ from lora_mini_jax.options import Pretrain
 from lora_mini_jax.plan import Site, plan
 from lora_mini_jax.schedule import of_length
 from lora_mini_jax.selection import select
-from lora_mini_jax.task import Task, check_length
-from lora_mini_jax.tree import flatten, matrices, parameters, unflatten
+from lora_mini_jax.task import Task, all_targets, check_length
+from lora_mini_jax.tree import flatten, matrices, unflatten
 
 
 def prepare(options: Pretrain) -> Task:
@@ -70,11 +69,9 @@ def shape(options: Pretrain, tokenizer: Tokenizer) -> LlamaConfig:
 
 def planned_sites(options: Pretrain, model: Llama) -> tuple[Site, ...]:
     """The method on every linear kernel but the head's, and `Full` on every other parameter."""
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    kernels = linen.targets(model, shapes, tokens)
+    kernels, everything = all_targets(model)
     linear = select(kernels, "all-linear")
-    rest = [target for target in parameters(shapes, kernels) if target not in linear]
+    rest = [target for target in everything if target not in linear]
     sites = plan(options.adapter_method(), linear, modules_to_save=rest)
     return of_length(sites, options.steps, options.parsed_settings())
 

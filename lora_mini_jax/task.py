@@ -29,7 +29,7 @@ from lora_mini_jax.models.hub import load_config, resolve
 from lora_mini_jax.options import AdapterOptions, Finetune, one_or_names
 from lora_mini_jax.plan import Site, check, plan
 from lora_mini_jax.selection import select
-from lora_mini_jax.tree import parameters
+from lora_mini_jax.tree import Target, parameters
 
 HELD_OUT_SHARE = 0.05
 
@@ -114,12 +114,18 @@ def check_length(max_length: int, config: LlamaConfig) -> None:
         )
 
 
-def planned_sites(options: AdapterOptions, model: Llama) -> tuple[Site, ...]:
-    """Which method adapts which kernel of a model; no weights are needed."""
+def all_targets(model: Llama) -> tuple[tuple[Target, ...], tuple[Target, ...]]:
+    """The kernels of a model, and all its parameters; no weights are needed."""
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    kernels, method = linen.targets(model, shapes, tokens), options.adapter_method()
-    everything = parameters(shapes, kernels)
+    kernels = linen.targets(model, shapes, tokens)
+    return kernels, parameters(shapes, kernels)
+
+
+def planned_sites(options: AdapterOptions, model: Llama) -> tuple[Site, ...]:
+    """Which method adapts which kernel of a model; no weights are needed."""
+    kernels, everything = all_targets(model)
+    method = options.adapter_method()
     from_these = everything if method.adapts_any_array else kernels
     chosen = select(from_these, options.include(), options.exclude_modules)
     save = options.modules_to_save

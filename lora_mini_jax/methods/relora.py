@@ -1,6 +1,5 @@
 """ReLoRA (Lialin et al., arXiv 2307.05695): LoRA that is merged and begun again, many times."""
 
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 
 from lora_mini_jax.checks import require_whole
 from lora_mini_jax.low_rank import LowRank
-from lora_mini_jax.method import Factors, Kernels, Schedule, Stepped, uniform
+from lora_mini_jax.method import Factors, Kernels, Schedule, Stepped, fold_path, uniform
 from lora_mini_jax.tree import over_lead
 
 
@@ -78,7 +77,7 @@ class ReLoRA(LowRank):
     def step(self, key: jax.Array, t: jax.Array, kernels: Kernels, grads: Kernels) -> Stepped:
         due, stepped = (t + 1) % self.reset_every == 0, Stepped({}, {}, {})
         for path, factors in kernels.items():
-            own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+            own = fold_path(key, path)
             lead = factors["A"].shape[:-2]
             keys = jax.random.split(own, lead) if lead else own
             restart = over_lead(self._restart, len(lead))

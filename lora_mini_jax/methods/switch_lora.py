@@ -1,6 +1,5 @@
 """SwitchLoRA (arXiv 2406.06564): low-rank training whose vectors are exchanged a few at a time."""
 
-import zlib
 from dataclasses import dataclass
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 
 from lora_mini_jax.checks import require_number, require_whole
 from lora_mini_jax.low_rank import Product
-from lora_mini_jax.method import Factors, Kernels, Stepped, uniform
+from lora_mini_jax.method import Factors, Kernels, Stepped, fold_path, uniform
 from lora_mini_jax.tree import over_lead
 
 
@@ -110,7 +109,7 @@ class SwitchLoRA(Product):
         stepped = Stepped({}, {}, {})
         for path, factors in kernels.items():
             lead = factors["switched"].shape
-            draws = jax.random.uniform(jax.random.fold_in(key, zlib.crc32(path.encode())), lead)
+            draws = jax.random.uniform(fold_path(key, path), lead)
             wanted = jnp.floor(rate + draws).astype(jnp.int32)
             parts = over_lead(self._switched, len(lead))(wanted, factors)
             stepped.trainable[path], stepped.frozen[path], stepped.reset[path] = parts
