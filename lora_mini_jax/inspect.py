@@ -6,6 +6,7 @@ Only the model's config is read; arrays are shapes and nothing is computed.
 from dataclasses import MISSING, fields
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,8 +16,7 @@ from lora_mini_jax.adapter import Adapter, draw
 from lora_mini_jax.data import token_loss
 from lora_mini_jax.flops import dot_flops
 from lora_mini_jax.methods import METHODS
-from lora_mini_jax.models import Llama
-from lora_mini_jax.models.hub import load_config, resolve
+from lora_mini_jax.models.hub import load_abstract
 from lora_mini_jax.options import Inspect
 from lora_mini_jax.plan import Site
 from lora_mini_jax.task import planned_sites
@@ -31,7 +31,7 @@ def inspect(options: Inspect) -> Report:
     Raises:
         UserError: a model that cannot be read, or kernels that the method cannot adapt.
     """
-    model = Llama(load_config(resolve(options.model)))
+    model, _ = load_abstract(options.model)
     sites = planned_sites(options, model)
     tokens = jax.ShapeDtypeStruct((options.batch_size, options.max_length), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
@@ -79,7 +79,7 @@ def optimizer_bytes(trained: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def adapter_flops(model: Llama, params: Any, adapter: Adapter, tokens: Any) -> int:
+def adapter_flops(model: nn.Module, params: Any, adapter: Adapter, tokens: Any) -> int:
     """FLOPs of the matrix products of one training step with the adapter."""
     apply, tx = linen.adapt(model), optax.adam(1e-3)
     step = make_train_step(
@@ -89,7 +89,7 @@ def adapter_flops(model: Llama, params: Any, adapter: Adapter, tokens: Any) -> i
     return dot_flops(jax.make_jaxpr(step)(state, params, _batch(tokens)))
 
 
-def full_flops(model: Llama, params: Any, tokens: Any) -> int:
+def full_flops(model: nn.Module, params: Any, tokens: Any) -> int:
     """FLOPs of the matrix products of one step that trains every parameter."""
 
     def loss(p: Any, batch: Any) -> Any:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,7 +115,7 @@ def check_length(max_length: int, config: LlamaConfig) -> None:
         )
 
 
-def all_targets(model: Llama) -> tuple[tuple[Target, ...], tuple[Target, ...]]:
+def all_targets(model: nn.Module) -> tuple[tuple[Target, ...], tuple[Target, ...]]:
     """The kernels of a model, and all its parameters; no weights are needed."""
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
@@ -122,7 +123,7 @@ def all_targets(model: Llama) -> tuple[tuple[Target, ...], tuple[Target, ...]]:
     return kernels, parameters(shapes, kernels)
 
 
-def planned_sites(options: AdapterOptions, model: Llama) -> tuple[Site, ...]:
+def planned_sites(options: AdapterOptions, model: nn.Module) -> tuple[Site, ...]:
     """Which method adapts which kernel of a model; no weights are needed."""
     kernels, everything = all_targets(model)
     method = options.adapter_method()

@@ -291,7 +291,7 @@ def truncate(path):
 
 ONE = np.ones((1, 1), np.float32)
 BROKEN = {
-    "architecture": (lambda f: config(f, architectures=["BertModel"]), ["BertModel", "only Llama"]),
+    "architecture": (lambda f: config(f, architectures=["BertModel"]), ["BertModel", "only"]),
     "model type": (lambda f: config(f, architectures=None, model_type="gpt2"), ["gpt2"]),
     "activation": (lambda f: config(f, hidden_act="gelu"), ["'gelu'", "'silu'"]),
     "rope": (lambda f: config(f, rope_parameters={"rope_type": "yarn"}), ["'yarn'", "'llama3'"]),

@@ -14,15 +14,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import jax
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import new_folder, read_object, writing
-from lora_mini_jax.models.llama import Llama
-from lora_mini_jax.models.llama_config import LlamaConfig
+from lora_mini_jax.models import llama
+from lora_mini_jax.models.family import STACK, Family, PathTuple
 from lora_mini_jax.models.shards import open_tensors
 
 COMPANIONS = (
@@ -30,44 +30,32 @@ COMPANIONS = (
     "generation_config.json", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
 _DOWNLOADS = ["config.json", "model*.safetensors", "model.safetensors.index.json", *COMPANIONS]
+FAMILIES = (llama.FAMILY,)
+"""Every kind of model that can be read; a new one is a file and a place here."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
-
-Path_ = tuple[str, ...]
 
 
-def hf_names(path: Path_, layers: int) -> list[str]:
-    """The Hugging Face tensors that make one parameter: one, or one a layer where it is stacked.
+def family_of(hf: dict[str, Any]) -> Family:
+    """The family that a ``config.json`` belongs to.
 
-    Example:
-        >>> hf_names(("layers_3", "self_attn", "q_proj", "kernel"), layers=8)
-        ['model.layers.3.self_attn.q_proj.weight']
-        >>> hf_names(("layers", "input_layernorm", "scale"), layers=2)
-        ['model.layers.0.input_layernorm.weight', 'model.layers.1.input_layernorm.weight']
+    Raises:
+        UserError: an architecture that is in none of `FAMILIES`, with the list of all that are.
     """
-    name = ".".join((*path[:-1], _LEAVES[path[-1]]))
-    if path[0] == "lm_head":
-        return [name]
-    if path[0] == "layers":
-        return [f"model.layers.{i}{name.removeprefix('layers')}" for i in range(layers)]
-    return ["model." + re.sub(r"^layers_(\d+)", r"layers.\1", name)]
+    known = {name: family for family in FAMILIES for name in family.architectures}
+    given = hf.get("architectures") or [_by_type(hf, known)]
+    if len(given) == 1 and given[0] in known:
+        return known[given[0]]
+    name = ", ".join(map(str, given if given[0] else [hf.get("model_type")]))
+    raise UserError(
+        f"architecture {name!r} is not supported, only {', '.join(sorted(known))}: use another "
+        "model or correct config.json"
+    )
 
 
-def _to_hf(path: Path_, value: np.ndarray) -> np.ndarray:
-    """Flax keeps a kernel as (in, out), torch as (out, in); its own inverse."""
-    return value.T if path[-1] == "kernel" else value
-
-
-def _shapes(model: Llama) -> dict[Path_, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every parameter of the model, by path; nothing is computed."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"])
-
-
-def _slots(path: Path_, shape: tuple[int, ...], layers: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of one parameter with the shape each has in the file."""
-    one = shape[1:] if path[0] == "layers" else shape
-    return dict.fromkeys(hf_names(path, layers), one[::-1] if path[-1] == "kernel" else one)
+def _by_type(hf: dict[str, Any], known: dict[str, Family]) -> str | None:
+    """The architecture of a ``config.json`` that names only its ``model_type``."""
+    wanted = str(hf.get("model_type", "")).replace("_", "").lower() + "forcausallm"
+    return next((name for name in known if name.lower() == wanted), None)
 
 
 def resolve(path_or_id: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -95,12 +83,32 @@ def resolve(path_or_id: str | os.PathLike[str], revision: str | None = None) -> 
         ) from error
 
 
-def load_config(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> LlamaConfig:
+def load_config(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> Any:
     """Read ``config.json`` of a folder or hub model; errors as in :func:`load`."""
-    file = resolve(path_or_id, revision) / "config.json"
+    return _read_config(resolve(path_or_id, revision))[1]
+
+
+def load_abstract(
+    path_or_id: str | os.PathLike[str], *, revision: str | None = None
+) -> tuple[nn.Module, dict]:
+    """The module and the shapes of its parameters, from ``config.json`` alone."""
+    family, config = _read_config(resolve(path_or_id, revision))
+    model = family.module(config)
+    return model, family.shapes(model)
+
+
+def _read_config(folder: Path) -> tuple[Family, Any]:
+    file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{file} does not exist: give a Hugging Face model folder")
-    return LlamaConfig.from_hf(read_object(file))
+    hf = read_object(file)
+    family = family_of(hf)
+    return family, family.config.from_hf(hf)
+
+
+def _family(model: nn.Module) -> Family:
+    """The family of a module."""
+    return next(family for family in FAMILIES if type(model) is family.module)
 
 
 def load(
@@ -111,12 +119,12 @@ def load(
     scan_layers: bool = False,
     remat: bool = False,
     revision: str | None = None,
-) -> tuple[Llama, dict]:
-    """Read a Llama from a local folder or the hub.
+) -> tuple[Any, dict]:
+    """Read a model from a local folder or the hub; ``config.json`` says of which kind.
 
     Args:
         path_or_id: a folder with ``config.json`` and safetensors, or a hub id.
-        dtype, scan_layers, remat: as in :class:`Llama`.
+        dtype, scan_layers, remat: as in the model's class, :class:`Llama` for one.
         param_dtype: what the weights are cast to, whatever the file holds.
         revision: branch, tag or commit of a hub id.
 
@@ -128,29 +136,39 @@ def load(
             not fit the config (missing, extra and misshaped ones are all listed).
     """
     folder = resolve(path_or_id, revision)
-    model = Llama(load_config(folder), dtype, param_dtype, scan_layers, remat)
-    shapes = _shapes(model)
-    layers = model.config.num_hidden_layers
+    family, config = _read_config(folder)
+    model = family.module(config, dtype, param_dtype, scan_layers, remat)
+    shapes = flatten_dict(family.shapes(model))
+    layers = config.num_hidden_layers
     expected: dict[str, tuple[int, ...]] = {}
     for path, leaf in shapes.items():
-        expected |= _slots(path, leaf.shape, layers)
+        expected |= _slots(family, path, leaf.shape, layers)
     with ExitStack() as stack:
         where = open_tensors(folder, stack)
-        _check(folder, where, expected, model.config.tie_word_embeddings)
+        _check(folder, where, expected, family)
         flat = {}
         for path, leaf in shapes.items():
             # One tensor at a time: a model is never held twice in its file's dtype.
             values = [
-                _to_hf(path, where[name].get_tensor(name).astype(leaf.dtype))
-                for name in hf_names(path, layers)
+                family.swapped(path, where[name].get_tensor(name).astype(leaf.dtype))
+                for name in family.names(path, layers)
             ]
-            flat[path] = jnp.asarray(np.stack(values) if path[0] == "layers" else values[0])
+            flat[path] = jnp.asarray(np.stack(values) if STACK in path else values[0])
     return model, unflatten_dict(flat)
+
+
+def _slots(
+    family: Family, path: PathTuple, shape: tuple[int, ...], layers: int
+) -> dict[str, tuple[int, ...]]:
+    """The tensors of one parameter with the shape each has in the file."""
+    one = shape[1:] if STACK in path else shape
+    flipped = path[-1] == "kernel" and not family.keeps_layout
+    return dict.fromkeys(family.names(path, layers), one[::-1] if flipped else one)
 
 
 def save(
     path: str | os.PathLike[str],
-    model: Llama,
+    model: nn.Module,
     params: dict,
     *,
     dtype: Any = None,
@@ -176,7 +194,7 @@ def save(
         raise UserError(f"{path} exists and is not an empty folder: give a new path or remove it")
     source = None if tokenizer_from is None else resolve(tokenizer_from)
     tensors = dict(_hf_tensors(model, params, dtype))
-    kept = tensors["model.norm.weight"].dtype.name
+    kept = next(iter(tensors.values())).dtype.name
     with new_folder(path) as folder:
         config = model.config.to_hf() | {"dtype": kept}
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -187,9 +205,10 @@ def save(
                 shutil.copyfile(source / name, folder / name)
 
 
-def _hf_tensors(model: Llama, params: dict, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+def _hf_tensors(model: Any, params: dict, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the file, checked against the model first."""
-    flat, shapes = flatten_dict(params), _shapes(model)
+    family = _family(model)
+    flat, shapes = flatten_dict(params), flatten_dict(family.shapes(model))
     bad = [f"missing {'/'.join(p)}" for p in shapes if p not in flat]
     bad += [f"extra {'/'.join(p)}" for p in flat if p not in shapes]
     bad += [f"{'/'.join(p)} is {flat[p].shape}, not {s.shape}" for p, s in shapes.items()
@@ -197,22 +216,23 @@ def _hf_tensors(model: Llama, params: dict, dtype: Any) -> Iterator[tuple[str, n
     if bad:
         raise UserError(f"params do not fit the model: {'; '.join(bad)}; give load's or init's")
     for path, leaf in flat.items():
-        names = hf_names(path, model.config.num_hidden_layers)
+        names = family.names(path, model.config.num_hidden_layers)
         value = np.asarray(leaf if dtype is None else leaf.astype(dtype))
-        for name, one in zip(names, value if path[0] == "layers" else [value], strict=True):
-            yield name, np.ascontiguousarray(_to_hf(path, one))
+        for name, one in zip(names, value if STACK in path else [value], strict=True):
+            yield name, np.ascontiguousarray(family.swapped(path, one))
 
 
-def _check(folder: Path, where: dict, expected: dict[str, tuple[int, ...]], tied: bool) -> None:
+def _check(folder: Path, where: dict, expected: dict[str, tuple[int, ...]], family: Family) -> None:
     """One error for all the tensors that do not fit the config."""
     bad = [f"missing {name}" for name in expected if name not in where]
     for name, handle in where.items():
         part = handle.get_slice(name)
         shape, kind = tuple(part.get_shape()), part.get_dtype()
         if name not in expected:
-            copy = tied and name == "lm_head.weight" and _equals_embedding(where)
-            if not copy and not name.endswith("rotary_emb.inv_freq"):
-                why = " (tied, yet not equal to embed_tokens)" if name == "lm_head.weight" else ""
+            original = family.copies.get(name)
+            copy = original and original in where and _equal(where, name, original)
+            if not copy and not re.search(family.ignored, name):
+                why = f" (tied, yet not equal to {original})" if original else ""
                 bad.append(f"extra {name}{why}")
         elif shape != expected[name]:
             bad.append(f"{name} is {shape}, not {expected[name]}")
@@ -223,7 +243,6 @@ def _check(folder: Path, where: dict, expected: dict[str, tuple[int, ...]], tied
                         "correct config.json or fetch the model again")  # fmt: skip
 
 
-def _equals_embedding(where: dict) -> bool:
-    """Whether a tied model's stored head is the embedding that it should be."""
-    pair = ("lm_head.weight", "model.embed_tokens.weight")
-    return pair[1] in where and np.array_equal(*(where[n].get_tensor(n) for n in pair))
+def _equal(where: dict, copy: str, original: str) -> bool:
+    """Whether a tied model's stored copy is the tensor that it should be."""
+    return np.array_equal(where[copy].get_tensor(copy), where[original].get_tensor(original))

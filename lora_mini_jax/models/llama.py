@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_mini_jax.models.llama_config import LlamaConfig
+from lora_mini_jax.models.family import Family
+from lora_mini_jax.models.llama_config import SUPPORTED, LlamaConfig
 
 
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype: Any = jnp.float32) -> dict:
@@ -227,3 +228,11 @@ def _mask(tokens, segment_ids, cache):
     # Padding sees padding: no query row is ever fully masked, so no softmax can be 0/0.
     mask = causal & (segments[:, :, None] == slots[:, None, :])
     return mask[:, None], slots
+
+
+FAMILY = Family(
+    config=LlamaConfig,
+    module=Llama,
+    architectures=SUPPORTED,
+    copies={"lm_head.weight": "model.embed_tokens.weight"},
+)
