@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,14 @@ class Product(Method):
     follow from the chain.
     """
 
+    least_rank: ClassVar[int] = 1
+    """The smallest rank that makes sense."""
+
     rank: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_whole("rank", self.rank)
+        require_whole("rank", self.rank, low=self.least_rank)
 
     @abstractmethod
     def chain(self, factors: Factors) -> Sequence[jax.Array]:
@@ -49,7 +53,7 @@ class Product(Method):
         return float32(merged) - self.update(factors)
 
     def sized(self, size: int, n_in: int, n_out: int) -> Method:
-        return replace(self, rank=size)
+        return replace(self, rank=max(size, self.least_rank))
 
     def problems(self, n_in: int, n_out: int) -> list[str]:
         if self.rank > min(n_in, n_out):

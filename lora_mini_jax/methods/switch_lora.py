@@ -51,6 +51,7 @@ class SwitchLoRA(Product):
 
     name = "switchlora"
     restarts = True
+    least_rank = 2
 
     interval0: float = 40.0
     ratio: float = 0.1
@@ -59,7 +60,6 @@ class SwitchLoRA(Product):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_whole("rank", self.rank, low=2)
         require_number("interval0", self.interval0, low=1)
         require_number("ratio", self.ratio)
         require_whole("total_steps", self.total_steps)

@@ -1,0 +1,245 @@
+"""Every method on two tasks at a matched number of trained parameters.
+
+    python -m experiments.compare_tasks --task e2e  --model MODEL_DIR --data E2E_DIR
+    python -m experiments.compare_tasks --task trec --model MODEL_DIR --data TREC_DIR
+
+E2E is text from meaning representations; TREC is the type of a question, written out as a word.
+Every method's learning rate is chosen from a grid of three about a centre of its own, with one
+seed on one half of the held-out examples; ``lora-mini compare`` then runs it with all seeds, and
+the other half is what is reported. The control is the same on a base whose weights are random.
+
+A run that is finished is not run again, so an interrupted experiment goes on. Writes
+``results/compare_TASK.json``, ``.md`` and, for each of three costs, a picture.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from lora_mini_jax.compare import compare
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.files import read_json, write_json, write_text
+from lora_mini_jax.finetune import finetune
+from lora_mini_jax.models import load, save
+from lora_mini_jax.options import Compare
+from lora_mini_jax.plots import loss_against
+from lora_mini_jax.report import COSTS
+
+Row = dict[str, Any]
+TYPES = ("description", "entity", "abbreviation", "human", "location", "number")
+KEPT = ("trainable", "valid_loss_before", "valid_loss_after", "valid_right_before",
+        "valid_right_after", "step_seconds", "step_bytes", "adapter_bytes", "settings",
+        "seed")  # fmt: skip
+
+ARMS = {
+    "lora": 1e-2, "lora:rslora=true": 1e-2, "lora:lora_plus_ratio=4": 5e-3, "lora-fa": 2e-2,
+    "dora": 1e-2, "pissa": 5e-3, "olora": 5e-3, "adalora": 2e-2, "lora-xs": 5e-3, "vera": 2e-2,
+    "miss": 5e-3, "miss:mode=mini,mini_rank=4": 5e-3, "lora-mini": 2e-2,
+    "lora-mini:outer_init=gradient": 1e-2, "diffora:inner=lora,rho=0.5,budget=24000": 1e-2,
+    "relora": 1e-2, "switchlora": 1e-2, "full:target_modules=norm,budget=none": 1e-2,
+    "full:target_modules=all,budget=none": 2e-3,
+}  # fmt: skip
+"""Methods, and the middle of the learning rates that each may choose from."""
+CONTROL = ("lora", "lora-mini", "full:target_modules=all,budget=none")
+"""What the random base gets too."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The task and what is run on it."""
+
+    task: Literal["e2e", "trec"]
+    model: Path
+    """Folder of the base model."""
+    data: Path
+    """Folder of the task's files."""
+    out: Path = Path(__file__).parent / "results"
+    work: Path = Path("runs/compare_tasks")
+    """The prepared data, the random base, and the folder of every run."""
+    budget: int = 12000
+    """Trained parameters of every method, at most; DiffoRA's is twice that before it has chosen
+    half of the kernels, and ``full`` is beside the budget."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """The first does the choosing."""
+    grid: tuple[float, ...] = (0.4, 1.0, 2.5)
+    """Learning rates to choose from, as multiples of the centre."""
+
+
+def main(options: Options) -> None:
+    """Tune, compare, and write what was found; the random base last."""
+    # What runs share is compiled once.
+    jax.config.update("jax_compilation_cache_dir", str((options.work / "compiled").absolute()))
+    prepare = {"e2e": prepare_e2e, "trec": prepare_trec}[options.task]
+    files = prepare(options.data, options.work / options.task)
+    found = {"pretrained": measure(options, str(options.model), files, tuple(ARMS))}
+    write(options, found)
+    found["random"] = measure(options, random_base(options), files, CONTROL)
+    write(options, found)
+
+
+def measure(options: Options, base: str, files: dict[str, str], arms: tuple[str, ...]) -> Row:
+    """``{arm: {lr, tuning, runs}}`` on one base."""
+    tuning = {arm: tune(options, base, files, arm) for arm in arms}
+    chosen = {arm: min(losses, key=lambda lr: losses[lr]) for arm, losses in tuning.items()}
+    specs = {at(arm, chosen[arm]): arm for arm in arms}
+    rows = compare(given(options, base, files, "reporting", tuple(specs), options.seeds))
+    runs: dict[str, list[Row]] = {arm: [] for arm in arms}
+    for row in rows:
+        runs[specs[row["spec"]]].append({name: row[name] for name in KEPT})
+    return {
+        arm: {"lr": chosen[arm], "tuning": {f"{k:g}": v for k, v in tuning[arm].items()},
+              "runs": runs[arm]}
+        for arm in arms
+    }  # fmt: skip
+
+
+def tune(options: Options, base: str, files: dict[str, str], arm: str) -> dict[float, float]:
+    """Learning rates and the losses they led to on the tuning half; diverged ones are left out."""
+    losses: dict[float, float] = {}
+    seed = options.seeds[0]
+    for factor in options.grid:
+        lr = float(f"{ARMS[arm] * factor:.3g}")
+        spec = at(arm, lr)
+        try:
+            run = given(options, base, files, "tuning", (spec,), (seed,)).run_options(spec, seed)
+            losses[lr] = finetune(run, say=lambda line: None)["valid_loss_after"]
+        except UserError as error:
+            if ": stopped;" not in str(error):
+                raise
+        print(spec, losses.get(lr), flush=True)
+    return losses
+
+
+def given(
+    options: Options,
+    base: str,
+    files: dict[str, str],
+    half: str,
+    methods: tuple[str, ...],
+    seeds: tuple[int, ...],
+) -> Compare:
+    """The comparison's options, the same for all but base, half and methods."""
+    return Compare(
+        model=base,
+        data=files["train"],
+        valid=files[half],
+        output_dir=str(options.work / options.task / f"{Path(base).name}-{half}"),
+        methods=methods,
+        seeds=seeds,
+        budget=options.budget,
+        max_length=256,
+        batch_size=4,
+        epochs=1,
+        samples=1,
+        max_new_tokens=32,
+        save_every=100_000,
+        log_every=20,
+    )
+
+
+def at(arm: str, lr: float) -> str:
+    """The spec of an arm at a learning rate."""
+    return f"{arm}{',' if ':' in arm else ':'}learning_rate={lr:g}"
+
+
+def random_base(options: Options) -> str:
+    """A folder with the base's shape, config and tokenizer, and weights as ``init`` draws them."""
+    folder = options.work / "random"
+    if not folder.exists():
+        model, _ = load(options.model)
+        params = model.init(jax.random.key(7), jax.numpy.zeros((1, 8), int))["params"]
+        save(folder, model, params, tokenizer_from=options.model)
+    return str(folder)
+
+
+def prepare_e2e(data: Path, work: Path) -> dict[str, str]:
+    """2,000 lines to train on; 200 to tune and 200 to report, of different representations."""
+    train = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    valid = [json.loads(line) for line in (data / "valid.jsonl").read_text().splitlines()]
+    meanings = sorted({line["meaning_representation"] for line in valid})
+    halves = [
+        [line for line in valid if line["meaning_representation"] in set(meanings[i::2])]
+        for i in (0, 1)
+    ]
+
+    def rows(lines: list[Row], most: int) -> list[Row]:
+        chosen = np.linspace(0, len(lines) - 1, most).astype(int)
+        return [{"prompt": lines[i]["meaning_representation"], "completion": lines[i]["reference"]}
+                for i in chosen]  # fmt: skip
+
+    return written(work, rows(train, 2000), rows(halves[0], 200), rows(halves[1], 200))
+
+
+def prepare_trec(data: Path, work: Path) -> dict[str, str]:
+    """All training questions; the test questions in two halves."""
+
+    def rows(file: str) -> list[Row]:
+        lines = [line.split(" ", 1) for line in (data / file).read_text("latin-1").splitlines()]
+        return [{"prompt": text, "completion": TYPES[int(label)]} for label, text in lines]
+
+    test = rows("test.txt")
+    return written(work, rows("train.txt"), test[::2], test[1::2])
+
+
+def written(work: Path, *parts: list[Row]) -> dict[str, str]:
+    """The three parts as files."""
+    files = {}
+    for name, rows in zip(("train", "tuning", "reporting"), parts, strict=True):
+        files[name] = str(work / f"{name}.jsonl")
+        Path(files[name]).parent.mkdir(parents=True, exist_ok=True)
+        write_text(files[name], "".join(json.dumps(row) + "\n" for row in rows))
+    return files
+
+
+def write(options: Options, found: dict[str, Row]) -> None:
+    """The results as JSON, as a table, and as pictures of quality against three costs."""
+    path = options.out / f"compare_{options.task}.json"
+    shared = {"task": options.task, "model": options.model.name, "budget": options.budget}
+    write_json(path, {**shared, "seeds": options.seeds, "grid": options.grid, "bases": found})
+    write_text(path.with_suffix(".md"), table(read_json(path)["bases"]))
+    runs = {arm.replace(":", " "): entry["runs"] for arm, entry in found["pretrained"].items()}
+    before = next(iter(runs.values()))[0]["valid_loss_before"]
+    for cost, name in COSTS.items():
+        points = {arm: ([r[cost] for r in rows], [r["valid_loss_after"] for r in rows])
+                  for arm, rows in runs.items()}  # fmt: skip
+        picture = loss_against(name, points, before)
+        write_text(path.with_name(f"{path.stem}_{cost}.svg"), picture)
+
+
+def table(bases: dict[str, Row]) -> str:
+    """A markdown table, the best first; the random base below."""
+    lines = [
+        "| method | base | trained | held-out loss | examples right | step, ms | step, MB | lr |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for base, arms in bases.items():
+        order = sorted(arms, key=lambda arm: mean(arms[arm]["runs"], "valid_loss_after")[0])
+        for arm in order:
+            runs, lr = arms[arm]["runs"], arms[arm]["lr"]
+            loss, spread = mean(runs, "valid_loss_after")
+            right, right_spread = mean(runs, "valid_right_after")
+            tried = [float(each) for each in arms[arm]["tuning"]]
+            edge = " (edge of the grid)" if lr in (min(tried), max(tried)) else ""
+            lines.append(
+                f"| {arm.replace(':', ' ').replace(',', ' ')} | {base} | "
+                f"{runs[0]['trainable']:,} | {loss:.3f} ± {spread:.3f} | "
+                f"{right:.1%} ± {right_spread:.1%} | "
+                f"{1e3 * mean(runs, 'step_seconds')[0]:.0f} | "
+                f"{runs[0]['step_bytes'] / 1e6:.1f} | {lr:g}{edge} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def mean(runs: list[Row], name: str) -> tuple[float, float]:
+    """Mean and standard deviation over the seeds."""
+    values = [run[name] for run in runs]
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
