@@ -4,19 +4,20 @@ The factors of a kernel are put next to it in the parameters, so that ``scan``, 
 ``vmap`` slice them along; a dense update is added to the kernel itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.adapter import Adapter, as_key
+from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import fold_path
 from lora_mini_jax.plan import Site
-from lora_mini_jax.tree import flatten, over_lead, unflatten
+from lora_mini_jax.selection import listing
+from lora_mini_jax.tree import check_fit, flatten, over_lead, unflatten
 from lora_mini_jax.views import View
 
 Array = jax.Array
@@ -46,17 +47,36 @@ def marked(params: Mapping[str, Any], factors: Mapping[str, dict[str, Array]]) -
     return unflatten({**flat, **beside})
 
 
-def joined(
+def of_layer(module: Any, view: View) -> tuple[Array, Mapping[str, Array]]:
+    """The kernel of a Linen layer in a call with `marked` parameters, and its factors."""
+    beside = module.get_variable("params", view.leaf + SUFFIX)
+    return module.get_variable("params", view.leaf), beside.factors
+
+
+def prepared(
     params: Mapping[str, Any], adapter: Adapter, dropout_key: Array | None
-) -> dict[str, Any]:
-    """The parameters as one call uses them: dense updates added, the factors beside the kernels."""
+) -> tuple[dict[str, Any], dict[str, dict[str, Array]]]:
+    """The parameters as one call uses them, dense updates added, and every kernel's factors."""
+    check_fit(params, [site.target for site in adapter.sites])
     factors = _used(adapter)
-    own = {
-        site.target.path: factors[site.target.path] | _dropout(site, dropout_key)
-        for site in adapter.sites
-        if site.target.kind != "array"
-    }
-    return marked(_shifted(params, adapter, factors), own)
+    own = {path: factors[path] | _dropout(site, dropout_key)
+           for path, site in called_sites(adapter).items()}  # fmt: skip
+    return _shifted(params, adapter, factors), own
+
+
+def called_sites(adapter: Adapter) -> dict[str, Site]:
+    """The sites that a layer's call adds something to, by path; an array is only replaced."""
+    return {site.target.path: site for site in adapter.sites if site.target.kind != "array"}
+
+
+def check_used(sites: Mapping[str, Site], used: Collection[str]) -> None:
+    """Raise `UserError` unless the call used every adapted kernel."""
+    if len(used) < len(sites):
+        unused = [site.target for path, site in sites.items() if path not in used]
+        raise UserError(
+            f"this call used {len(used)} of {len(sites)} adapted kernels; never used: "
+            f"{listing(unused)}. Adapt only kernels that targets() lists for this call"
+        )
 
 
 def _used(adapter: Adapter) -> dict[str, dict[str, Array]]:
@@ -95,13 +115,16 @@ def _dropped(x: Array, rate: float, key: Array) -> Array:
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
-def delta(module: nn.Module, site: Site, view: View, dtype: Any, call: int) -> Array:
+def delta(
+    site: Site, view: View, kernel: Array, factors: Mapping[str, Array], dtype: Any, call: int
+) -> Array:
     """The adapter's contribution to the ``call``-th call of a layer, in the shape and dtype of the
-    layer's output. Rows that are looked up know no dropout, as in PEFT."""
-    factors = dict(module.get_variable("params", view.leaf + SUFFIX).factors)
+    layer's output; kernel and factors are the layer's own, without stacked axes. Rows that are
+    looked up know no dropout, as in PEFT."""
+    factors = dict(factors)
     stream = factors.pop(DROPOUT, None)
     inner = replace(site.target, shape=site.target.shape[site.target.stack :], stack=0)
-    kernel = inner.matrix(module.get_variable("params", view.leaf))
+    kernel = inner.matrix(kernel)
     if view.use == "rows":
         return site.method.rows(view.inputs, kernel, factors).astype(dtype)
     x, delta = view.inputs.astype(dtype), site.method.delta

@@ -16,8 +16,7 @@ import jax
 from lora_mini_jax import beside
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.selection import listing
-from lora_mini_jax.tree import Target, check_fit, flatten
+from lora_mini_jax.tree import Target, flatten
 from lora_mini_jax.views import (
     RULES,
     Rule,
@@ -143,7 +142,7 @@ def adapt(model: nn.Module, rules: Rules | None = None) -> Callable[..., Any]:
         dropout_key: Array | None = None,
         **kwargs: Any,
     ) -> Any:
-        sites = {s.target.path: s for s in adapter.sites if s.target.kind != "array"}
+        sites = beside.called_sites(adapter)
         used: Counter[str] = Counter()
 
         def interceptor(next_call: Callable, args: tuple, kw: dict, context: Any) -> Any:
@@ -156,18 +155,13 @@ def adapt(model: nn.Module, rules: Rules | None = None) -> Callable[..., Any]:
             if used[path] > before:
                 return y  # a subclass that called its parent: the parent's call was adapted
             used[path] += 1
-            return y + beside.delta(context.module, sites[path], view, y.dtype, before)
+            kernel, own = beside.of_layer(context.module, view)
+            return y + beside.delta(sites[path], view, kernel, own, y.dtype, before)
 
-        check_fit(params, [site.target for site in adapter.sites])
-        joined = beside.joined(params, adapter, dropout_key)
+        joined = beside.marked(*beside.prepared(params, adapter, dropout_key))
         with nn.intercept_methods(interceptor):
             out = model.apply({**(variables or {}), "params": joined}, *inputs, **kwargs)
-        if len(used) < len(sites):
-            unused = [site.target for path, site in sites.items() if path not in used]
-            raise UserError(
-                f"this call used {len(used)} of {len(sites)} adapted kernels; never used: "
-                f"{listing(unused)}. Adapt only kernels that linen.targets lists for this call"
-            )
+        beside.check_used(sites, used)
         return out
 
     return apply

@@ -1,0 +1,272 @@
+"""The front door for Flax NNX: adapt any model's call, without changing the model.
+
+NNX has no interceptor. `adapt` takes the model apart once; every call puts it together again from
+the parameters it is given, inside the traced function, and there replaces the layers by ones whose
+calls are adapted. Factors are variables of the layer, of the kernel's own kind, so ``nnx.scan`` and
+``nnx.vmap`` slice them along with it. Adapters, methods and checkpoints are those of Linen.
+
+Not imported by ``import lora_mini_jax``: write ``from lora_mini_jax import nnx``.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, wraps
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+from flax import nnx
+
+from lora_mini_jax import beside, views
+from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.tree import Target, flatten, unflatten
+from lora_mini_jax.views import Rule, Rules, View
+
+__all__ = ["adapt", "dense_general", "einsum", "parameters", "targets", "update"]
+
+
+def dense_general(module: Any, method: str, args: tuple) -> View | None:
+    """The rule of ``nnx.LinearGeneral``: kernel ``(*batch, *in, *out)``."""
+    linen = SimpleNamespace(
+        features=module.out_features, axis=module.axis, batch_dims=tuple(module.batch_axis)
+    )
+    return views.dense_general(linen, method, args)
+
+
+def einsum(module: Any, method: str, args: tuple) -> View | None:
+    """The rule of ``nnx.Einsum``: which axes contract is read off the string."""
+    linen = SimpleNamespace(einsum_str=module.einsum_str, shape=module.kernel.shape)
+    return views.einsum(linen, method, args)
+
+
+RULES: Rules = {
+    nnx.Linear: views.dense,
+    nnx.LinearGeneral: dense_general,
+    nnx.Einsum: einsum,
+    nnx.Embed: views.embed,
+}
+METHODS = ("__call__", "attend")
+"""The calls of a layer that may use its kernel."""
+
+
+def parameters(model: nnx.Module) -> dict[str, Any]:
+    """The model's ``nnx.Param`` arrays as nested dicts with string keys: what is called ``params``
+    everywhere else. Indices of lists become strings too: ``"heads/0/kernel"``.
+
+    Example:
+        >>> parameters(nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0)))["kernel"].shape
+        (2, 3)
+    """
+    _, state, _ = nnx.split(model, nnx.Param, ...)
+    return unflatten({name: variable[...] for name, variable in _named(state)})
+
+
+def update(model: nnx.Module, params: Mapping[str, Any]) -> None:
+    """Write parameters, merged ones say, into a model in place.
+
+    Example:
+        >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        >>> update(model, jax.tree.map(jax.numpy.zeros_like, parameters(model)))
+        >>> float(model.kernel.sum())
+        0.0
+    """
+    nnx.update(model, _filled(nnx.split(model, nnx.Param, ...)[1], params))
+
+
+def targets(
+    model: nnx.Module, *inputs: Any, rules: Rules | None = None, **kwargs: Any
+) -> tuple[Target, ...]:
+    """Every kernel that this call of the model uses, and how each is a matrix.
+
+    Traces ``model(*inputs, **kwargs)`` without computing anything; nothing is guessed from shapes.
+
+    Args:
+        model: any NNX module.
+        *inputs, **kwargs: of a call; arrays may be ``jax.ShapeDtypeStruct``.
+        rules: layers of your own, ``{MyLinear: views.dense}``, beside the built-in ones.
+
+    Raises:
+        UserError: a kernel stacked by ``nnx.vmap`` along another axis than 0.
+
+    Example:
+        >>> model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+        >>> [t.path for t in targets(model, jax.numpy.ones((1, 8)))]
+        ['kernel']
+    """
+    graph, state, rest = nnx.split(model, nnx.Param, ...)
+    shapes = {name: tuple(variable.shape) for name, variable in _named(state)}
+    found: dict[str, Target] = {}
+
+    def record(module: Any, path: str, view: View, y: Any) -> Any:
+        if path not in shapes:
+            return y
+        shape, seen = shapes[path], tuple(getattr(module, view.leaf).shape)
+        stack = len(shape) - len(seen)
+        if shape[stack:] != seen:
+            raise UserError(
+                f"{path} {shape} is used as {seen}: only kernels stacked along axis 0 can be "
+                "adapted"
+            )
+        target = Target(path, shape, stack, view.batch, view.ins, view.outs, view.kind)
+        found.setdefault(path, target)
+        return y
+
+    def call(state: nnx.State, *inputs: Any) -> Any:
+        fresh = nnx.merge(graph, state, _copied(rest))
+        _watch(fresh, state, {**RULES, **(rules or {})}, record)
+        return fresh(*inputs, **kwargs)
+
+    jax.eval_shape(call, state, *inputs)
+    return tuple(found[path] for path in shapes if path in found)
+
+
+def adapt(model: nnx.Module, rules: Rules | None = None) -> Callable[..., Any]:
+    """The model's call as a pure function: ``apply(params, adapter, *inputs, **kwargs)``.
+
+    Args:
+        model: any NNX module; it is taken apart here, and is neither changed nor kept.
+        rules: layers of your own, as for `targets`.
+
+    Returns:
+        ``apply(params, adapter, *inputs, variables=None, mutable=False, dropout_key=None,
+        **kwargs)``. ``params`` are as `parameters` gives them. ``variables`` is the state that is
+        not parameters, ``nnx.split(model, nnx.Param, ...)[2]``: batch statistics, caches, random
+        streams; without it that of ``model`` at this moment. What a call does to it is lost, or
+        with ``mutable`` returned: ``(outputs, variables)``. The rest is as in `linen.adapt`.
+
+    Raises:
+        UserError: from ``apply``: an adapted kernel that the call never used, or that ``params``
+            does not have.
+
+    Example:
+        >>> from lora_mini_jax import LoRA, init
+        >>> model, x = nnx.Linear(8, 4, rngs=nnx.Rngs(0)), jax.numpy.ones((1, 8))
+        >>> params = parameters(model)
+        >>> adapter = init(params, LoRA(rank=2), targets(model, x))
+        >>> adapt(model)(params, adapter, x).shape
+        (1, 4)
+    """
+    graph, state, rest = nnx.split(model, nnx.Param, ...)
+    shapes = jax.eval_shape(lambda state: state, state)
+    all_rules = {**RULES, **(rules or {})}
+
+    def apply(
+        params: Mapping[str, Any],
+        adapter: Adapter,
+        *inputs: Any,
+        variables: nnx.State | None = None,
+        mutable: bool = False,
+        dropout_key: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        sites = beside.called_sites(adapter)
+        shifted, factors = beside.prepared(params, adapter, dropout_key)
+        used: Counter[str] = Counter()
+
+        def add(module: Any, path: str, view: View, y: jax.Array) -> jax.Array:
+            if path not in sites:
+                return y
+            kernel = getattr(module, view.leaf)[...]
+            leaves = getattr(module, view.leaf + beside.SUFFIX)
+            own = {name: leaf[...] for name, leaf in leaves.items()}
+            used[path] += 1
+            return y + beside.delta(sites[path], view, kernel, own, y.dtype, used[path] - 1)
+
+        others = _copied(rest if variables is None else variables)
+        fresh = nnx.merge(graph, _filled(shapes, shifted), others)
+        _watch(fresh, shapes, all_rules, add, factors)
+        y = fresh(*inputs, **kwargs)
+        beside.check_used(sites, used)
+        return (y, nnx.split(fresh, nnx.Param, ...)[2]) if mutable else y
+
+    return apply
+
+
+@dataclass(frozen=True, eq=False)
+class _Watch:
+    """What a watched layer does after its own call. Compared by identity, and part of the layer's
+    static structure: a transformation never takes a layer traced in one call for another's."""
+
+    module: str
+    known: type
+    rule: Rule
+    act: Callable[[Any, str, View, Any], Any]
+
+    def __call__(self, module: Any, method: str, args: tuple, kw: dict, y: Any) -> Any:
+        bound = inspect.signature(getattr(self.known, method)).bind(module, *args, **kw)
+        bound.apply_defaults()
+        view = self.rule(module, method, bound.args[1:])
+        if view is None:
+            return y
+        return self.act(module, f"{self.module}/{view.leaf}".removeprefix("/"), view, y)
+
+
+def _watch(
+    model: nnx.Module,
+    state: nnx.State,
+    rules: Rules,
+    act: Callable[[Any, str, View, Any], Any],
+    factors: Mapping[str, Mapping[str, jax.Array]] | None = None,
+) -> None:
+    """Make the layers that have a rule call ``act``, and put the factors beside the kernels."""
+    for path, variable in nnx.to_flat_state(state):
+        layer: Any = model
+        for part in path[:-1]:
+            layer = getattr(layer, part) if isinstance(part, str) else layer[part]
+        known = next((c for c in type(layer).__mro__ if c in rules), None)
+        if known is None:
+            continue
+        if not hasattr(layer, "adapter_watch"):
+            layer.__class__ = _watched(type(layer), known)
+            layer.adapter_watch = _Watch(_name(path[:-1]), known, rules[known], act)
+        own = (factors or {}).get(_name(path), {})
+        beside_it = {name: type(variable)(leaf) for name, leaf in own.items()}
+        setattr(layer, str(path[-1]) + beside.SUFFIX, nnx.Dict(beside_it))
+
+
+@cache
+def _watched(layer: type, known: type) -> type:
+    """A subclass of a layer in which the calls of ``known``, the class with the rule, are watched.
+
+    A layer of the user's that builds on ``known`` comes before the watched calls, and finds them
+    with ``super()``: what it does to the result of its parent is done to the adapter's part too.
+    """
+
+    def watching(name: str) -> Callable:
+        plain = getattr(known, name)
+
+        @wraps(plain)
+        def method(self: Any, *args: Any, **kw: Any) -> Any:
+            return self.adapter_watch(self, name, args, kw, plain(self, *args, **kw))
+
+        return method
+
+    if layer is not known:
+        return type(layer)(layer.__name__, (layer, _watched(known, known)), {})
+    calls = {name: watching(name) for name in METHODS if hasattr(known, name)}
+    return type(known)(known.__name__, (known,), calls)
+
+
+def _name(path: tuple) -> str:
+    return "/".join(map(str, path))
+
+
+def _named(state: nnx.State) -> list[tuple[str, Any]]:
+    """Paths and variables, in the order of the paths."""
+    return [(_name(path), variable) for path, variable in nnx.to_flat_state(state)]
+
+
+def _copied(state: nnx.State) -> nnx.State:
+    """The same in variables of their own: a call may write into them, and these belong to it."""
+    return jax.tree.map(lambda leaf: leaf, state)
+
+
+def _filled(state: nnx.State, params: Mapping[str, Any]) -> nnx.State:
+    """The state with these parameters in it."""
+    flat = flatten(params)
+    filled = [(path, variable.replace(flat[_name(path)]))
+              for path, variable in nnx.to_flat_state(state)]  # fmt: skip
+    return nnx.from_flat_state(filled)

@@ -1,0 +1,255 @@
+"""The NNX front door: the same adapters, laws and numbers as Linen's."""
+
+import subprocess
+import sys
+from functools import cache
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from lora_mini_jax import (
+    LoRA,
+    LoRAMini,
+    TrainState,
+    UserError,
+    init,
+    linen,
+    load,
+    make_train_step,
+    merge,
+    save,
+    select,
+    views,
+)
+from lora_mini_jax import nnx as front
+from lora_mini_jax.methods import DoRA, MiSS, SwitchLoRA, VeRA
+from tests.cases import draws, randomised
+
+WIDTH, HEADS, LAYERS, VOCAB = 8, 2, 2, 11
+IDS = jnp.array([[1, 4, 2, 9], [3, 3, 0, 10]])
+METHODS = (LoRAMini(rank=2, a=4, b=3), DoRA(rank=2), MiSS(rank=3), SwitchLoRA(rank=2), VeRA(rank=3))
+
+
+class Block(nnx.Module):
+    """One layer of every kind that has a rule."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.attn = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
+        self.up = nnx.Linear(WIDTH, 12, rngs=rngs)
+        self.heads = nnx.Einsum("btnh,nhk->btnk", (HEADS, 6, 6), rngs=rngs)
+        self.down = nnx.LinearGeneral((HEADS, 6), WIDTH, axis=(-2, -1), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attn(x)
+        h = jnp.tanh(self.up(x)).reshape(*x.shape[:-1], HEADS, 6)
+        return x + self.down(self.heads(h))
+
+
+class Model(nnx.Module):
+    """Embedded ids through blocks, in a list or scanned, back to the tied table."""
+
+    def __init__(self, scan: bool, rngs: nnx.Rngs) -> None:
+        self.scan = scan
+        self.embed = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
+        if scan:
+            stacked = nnx.split_rngs(splits=LAYERS)(nnx.vmap(Block, in_axes=0, out_axes=0))
+            self.blocks: Any = stacked(rngs)
+        else:
+            self.blocks = nnx.List([Block(rngs) for _ in range(LAYERS)])
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        x = self.embed(ids)
+        if self.scan:
+            x = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+                x, self.blocks
+            )
+        else:
+            for block in self.blocks:
+                x = block(x)
+        return self.embed.attend(x)
+
+
+@cache
+def setup(scan: bool) -> Any:
+    """A model, its parameters, its targets, and its compiled plain call."""
+    model = Model(scan, nnx.Rngs(0))
+    front.update(model, draws(front.parameters(model)))
+    graph, state, _ = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def plain(params: Any) -> jax.Array:
+        fresh = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))
+        front.update(fresh, params)
+        return fresh(IDS)
+
+    return model, front.parameters(model), front.targets(model, IDS), plain
+
+
+@pytest.mark.parametrize(("scan", "method"), [(True, m) for m in METHODS] + [(False, METHODS[0])])
+def test_the_adapted_call_equals_merged_weights(scan: bool, method: Any) -> None:
+    model, params, targets, plain = setup(scan)
+    assert len(targets) == 1 + 7 * (1 if scan else LAYERS)
+    apply = jax.jit(front.adapt(model))
+    start = init(params, method, targets)
+    np.testing.assert_allclose(apply(params, start, IDS), plain(params), atol=2e-5)
+    adapter = randomised(start)
+    y = apply(params, adapter, IDS)
+    assert jnp.abs(y - plain(params)).max() > 0.05
+    np.testing.assert_allclose(y, plain(merge(params, adapter)), rtol=1e-4, atol=5e-5)
+    jax.tree.map(np.testing.assert_array_equal, front.parameters(model), params)  # untouched
+
+
+def test_scanned_layers_equal_a_loop() -> None:
+    loop, scan = Model(False, nnx.Rngs(0)), Model(True, nnx.Rngs(0))
+    params = draws(front.parameters(loop))
+    blocks = jax.tree.map(lambda *x: jnp.stack(x), *params["blocks"].values())
+    stacked = {"embed": params["embed"], "blocks": blocks}
+    adapters = []
+    for model, own in ((loop, params), (scan, stacked)):
+        targets = [t for t in front.targets(model, IDS) if t.kind == "linear"]
+        adapters.append(randomised(init(own, LoRA(rank=2), targets)))
+    for path, leaves in adapters[1].trainable.items():
+        name = path.removeprefix("blocks/")
+        for i in range(LAYERS):
+            adapters[0].trainable[f"blocks/{i}/{name}"] = {n: x[i] for n, x in leaves.items()}
+    np.testing.assert_allclose(
+        jax.jit(front.adapt(loop))(params, adapters[0], IDS),
+        jax.jit(front.adapt(scan))(stacked, adapters[1], IDS),
+        rtol=1e-4, atol=2e-5,
+    )  # fmt: skip
+
+
+def test_training_touches_the_adapter_alone_compiles_once_and_survives_saving(tmp_path) -> None:
+    model = Model(True, nnx.Rngs(0))
+    params = front.parameters(model)
+    targets = select(front.targets(model, IDS), "attn|up|down")
+    apply, traced = front.adapt(model), []
+
+    def loss(params: Any, adapter: Any, batch: Any, key: Any) -> jax.Array:
+        traced.append(1)
+        logits = apply(params, adapter, batch)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch).mean()
+
+    tx = optax.adam(3e-2)
+    step = make_train_step(loss, tx)
+    state = TrainState.create(init(params, LoRAMini(rank=2, a=4, b=4), targets), tx)
+    losses = []
+    for _ in range(20):
+        state, value = step(state, params, IDS)
+        losses.append(float(value.loss))
+    assert losses[-1] < 0.8 * losses[0]
+    assert len(traced) == 1
+    save(tmp_path / "adapter", state.adapter, params)
+    again = load(tmp_path / "adapter", params)
+    jax.tree.map(np.testing.assert_array_equal, again, state.adapter)
+
+
+def test_the_numbers_are_those_of_linen() -> None:
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = nn.MultiHeadDotProductAttention(HEADS, name="attn")(x)
+            return nn.Dense(5, name="out")(x)
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.attn = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
+            self.out = nnx.Linear(WIDTH, 5, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.out(self.attn(x))
+
+    x, model, other = draws(jnp.zeros((2, 4, WIDTH)), 1.0), Linen(), Nnx(nnx.Rngs(0))
+    params = draws(front.parameters(other))
+    here, there = front.targets(other, x), linen.targets(model, params, x)
+    assert sorted(here, key=lambda t: t.path) == sorted(there, key=lambda t: t.path)
+    adapter = randomised(init(params, LoRAMini(rank=2, a=4, b=4), there))
+    np.testing.assert_allclose(
+        front.adapt(other)(params, adapter, x), linen.adapt(model)(params, adapter, x), atol=1e-6
+    )
+
+
+class Scaled(nnx.Linear):
+    """A user's layer that builds on its parent's call."""
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        return 2 * super().__call__(inputs, out_sharding)
+
+
+class Own(nnx.Module):
+    """A user's layer that builds on nothing, with a name of its own for the kernel."""
+
+    def __init__(self) -> None:
+        self.weight = nnx.Param(draws(jnp.zeros((WIDTH, 5))))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.weight[...]
+
+
+def test_layers_of_the_users_own() -> None:
+    x = draws(jnp.zeros((2, WIDTH)), 1.0)
+    scaled = Scaled(WIDTH, 5, rngs=nnx.Rngs(0))
+    assert front.targets(Own(), x) == ()
+    rules = {Own: lambda module, method, args: views.View(args[0], leaf="weight")}
+    for model, given in ((scaled, {}), (Own(), rules)):
+        params = front.parameters(model)
+        adapter = randomised(init(params, LoRA(rank=2), front.targets(model, x, rules=given)))
+        y = front.adapt(model, given)(params, adapter, x)
+        assert jnp.abs(y - model(x)).max() > 0.05
+        front.update(model, merge(params, adapter))
+        np.testing.assert_allclose(y, model(x), atol=1e-5)
+
+
+class Noisy(nnx.Module):
+    """State that is no parameter: running statistics and a random stream."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(WIDTH, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.drop(self.norm(self.linear(x)))
+
+
+def test_other_state_is_given_and_returned() -> None:
+    model, x = Noisy(nnx.Rngs(0, dropout=1)), draws(jnp.zeros((6, WIDTH)), 1.0)
+    params = front.parameters(model)
+    adapter = init(params, LoRA(rank=2), front.targets(model, x))
+    apply = jax.jit(front.adapt(model), static_argnames="mutable")
+    first, variables = apply(params, adapter, x, mutable=True)
+    np.testing.assert_array_equal(apply(params, adapter, x), first)
+    second = apply(params, adapter, x, variables=variables)
+    assert jnp.abs(first - second).max() > 0.1  # another draw of the dropout
+    np.testing.assert_allclose(first, model(x), atol=1e-6)
+    np.testing.assert_allclose(second, model(x), atol=1e-6)
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(
+        jnp.shape, nnx.split(model, nnx.Param, ...)[2]
+    )
+
+
+def test_what_a_call_never_used_is_named() -> None:
+    class Idle(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.used, self.idle = (nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(2))
+
+        def __call__(self, x: jax.Array, both: bool = False) -> jax.Array:
+            return self.used(self.idle(x) if both else x)
+
+    model, x = Idle(nnx.Rngs(0)), jnp.ones((1, WIDTH))
+    params = front.parameters(model)
+    adapter = init(params, LoRA(rank=2), front.targets(model, x, both=True))
+    assert front.adapt(model)(params, adapter, x, both=True).shape == (1, WIDTH)
+    with pytest.raises(UserError, match=r"used 1 of 2 adapted kernels; never used: .*idle/kernel"):
+        front.adapt(model)(params, adapter, x)
+
+
+def test_the_core_does_without_nnx() -> None:
+    code = "import sys, lora_mini_jax; sys.exit('flax.nnx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
