@@ -127,6 +127,8 @@ def given(
     return Compare(
         model=base,
         data=files["train"],
+        prompt_field="prompt",
+        completion_field="completion",
         valid=files[half],
         output_dir=str(options.work / options.task / f"{Path(base).name}-{half}"),
         methods=methods,
@@ -135,8 +137,7 @@ def given(
         max_length=256,
         batch_size=4,
         epochs=1,
-        samples=1,
-        max_new_tokens=32,
+        samples=0,
         save_every=100_000,
         log_every=20,
     )
@@ -158,7 +159,7 @@ def random_base(options: Options) -> str:
 
 
 def prepare_e2e(data: Path, work: Path) -> dict[str, str]:
-    """2,000 lines to train on; 200 to tune and 200 to report, of different representations."""
+    """1,000 lines to train on; 200 to tune and 200 to report, of different representations."""
     train = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
     valid = [json.loads(line) for line in (data / "valid.jsonl").read_text().splitlines()]
     meanings = sorted({line["meaning_representation"] for line in valid})
@@ -172,7 +173,7 @@ def prepare_e2e(data: Path, work: Path) -> dict[str, str]:
         return [{"prompt": lines[i]["meaning_representation"], "completion": lines[i]["reference"]}
                 for i in chosen]  # fmt: skip
 
-    return written(work, rows(train, 2000), rows(halves[0], 200), rows(halves[1], 200))
+    return written(work, rows(train, 1000), rows(halves[0], 200), rows(halves[1], 200))
 
 
 def prepare_trec(data: Path, work: Path) -> dict[str, str]:

@@ -66,6 +66,8 @@ class Configuration:
             limits = {"a": n_in, "b": n_out}
             if self.method.get("outer_init") in ("svd", "gradient"):
                 limits = dict.fromkeys("ab", min(n_in, n_out))
+            if self.method["method"] == "lora-mini-diag":
+                limits = {"rank": min(n_in, n_out)}
             sides = {s: min(n, self.method[s]) for s, n in limits.items() if s in self.method}
             found += plan(from_dict({**self.method, **sides}), [target])
         return tuple(found)
@@ -79,7 +81,8 @@ def configurations(widest: bool) -> list[Configuration]:
             lora(8), lora(1), lora(1, "attention"), mini(1, 128, 128, "orthogonal"),
             *(mini(4, 32, 32, init) for init in every[:4]), mini(2, 64, 64, "orthogonal"),
             *(mini(1, 128, 128, init) for init in every[1:4]), mini(2, 64, 64, "gradient"),
-            xs(16), miss(64, 4), lora(2, "down"), lora(1, "up,down"), lora(1, "mlp"),
+            diag(256), diag(64), xs(16), miss(64, 4), lora(2, "down"), lora(1, "up,down"),
+            lora(1, "mlp"),
             mini(8, 16, 16, "orthogonal"), mini(8, 16, 16, "gradient"), vera(256), miss(16, 16),
             mini(2, 32, 32, "orthogonal"), mini(2, 32, 32, "gradient"), lora(1, "q,v"),
             mini(1, 64, 64, "orthogonal"), mini(1, 64, 64, "gradient"), lora(1, "down"), xs(11),
@@ -90,7 +93,7 @@ def configurations(widest: bool) -> list[Configuration]:
     shapes = [(2, 32, 32), (1, 32, 32), (1, 64, 64), (4, 16, 16)]
     own = [mini(*shape, init) for shape in shapes for init in every[:5]]
     fewer = [(1, "attention"), (2, "attention"), (1, "mlp"), (2, "q,v"), (4, "q,v"), (2, "down")]
-    others = [xs(11), xs(8), miss(32, 4), miss(16, 4), vera(64)]
+    others = [diag(64), diag(16), xs(11), xs(8), miss(32, 4), miss(16, 4), vera(64)]
     control = [lora(8, base="random"), mini(2, 32, 32, "orthogonal", "random")]
     return [lora(8), lora(1), *(lora(*each) for each in fewer), *own, *others, *control,
             mini(2, 32, 32, "normal"), lora(2), lora(4), mini(4, 32, 32, "orthogonal"),
@@ -115,6 +118,12 @@ def mini(rank: int, a: int, b: int, outer_init: str, base: str = "pretrained") -
     sizes = {"rank": rank, "alpha": 2.0 * rank, "a": a, "b": b}
     method = {"method": "lora-mini", **sizes, "outer_init": outer_init}
     return Configuration(named(name, base), method, base=base)
+
+
+def diag(rank: int) -> Configuration:
+    """LoRA-Mini-diag on all linear kernels."""
+    method = {"method": "lora-mini-diag", "rank": rank}
+    return Configuration(f"LoRA-Mini-diag r={rank}", method, start=1e-2)
 
 
 def xs(rank: int) -> Configuration:

@@ -23,7 +23,8 @@ from lora_mini_jax.files import read_json, write_text
 Result = dict[str, Any]
 COLOURS = {"orthogonal": "#0072B2", "svd": "#009E73", "gradient": "#E41A1C",
            "activation": "#984EA3", "fan_in": "#D55E00", "normal": "#CC79A7"}  # fmt: skip
-OTHERS = {"lora-xs": ("LoRA-XS", "x"), "vera": ("VeRA", "v"), "miss": ("MiSS mini", "D")}
+OTHERS = {"lora-mini-diag": ("LoRA-Mini-diag, gradient", "*"), "lora-xs": ("LoRA-XS", "x"),
+          "vera": ("VeRA", "v"), "miss": ("MiSS mini", "D")}  # fmt: skip
 BUDGETS = (10, 20)
 
 

@@ -11,9 +11,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_mini_jax import linen, methods, models
+    from lora_mini_jax import linen, methods, models, nnx, peft
     from lora_mini_jax.adapter import Adapter, count, init
+    from lora_mini_jax.banks import bank, mixed
     from lora_mini_jax.calibration import calibrate
+    from lora_mini_jax.combination import combine
     from lora_mini_jax.decode import generate
     from lora_mini_jax.errors import UserError
     from lora_mini_jax.method import Method
@@ -31,7 +33,9 @@ __version__ = "0.1.0"
 # print its help without waiting for JAX.
 _HOMES = {
     "adapter": ("Adapter", "count", "init"),
+    "banks": ("bank", "mixed"),
     "calibration": ("calibrate",),
+    "combination": ("combine",),
     "errors": ("UserError",),
     "decode": ("generate",),
     "method": ("Method",),
@@ -43,7 +47,7 @@ _HOMES = {
     "selection": ("select",),
     "tree": ("Target", "parameters"),
 }
-_MODULES = ("linen", "methods", "models")
+_MODULES = ("linen", "methods", "models", "nnx", "peft")
 
 __all__ = [
     "Adapter",
@@ -53,7 +57,9 @@ __all__ = [
     "Target",
     "TrainState",
     "UserError",
+    "bank",
     "calibrate",
+    "combine",
     "count",
     "freeze",
     "generate",
@@ -64,8 +70,11 @@ __all__ = [
     "make_train_step",
     "merge",
     "methods",
+    "mixed",
     "models",
+    "nnx",
     "parameters",
+    "peft",
     "save",
     "select",
     "split",

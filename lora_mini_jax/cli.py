@@ -15,6 +15,7 @@ from lora_mini_jax.errors import UserError
 from lora_mini_jax.options import (
     Compare,
     Demo,
+    Export,
     Finetune,
     Generate,
     Inspect,
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Any] = {
     "inspect": Inspect,
     "generate": Generate,
     "merge": Merge,
+    "export": Export,
     "demo": Demo,
 }
 
@@ -99,6 +101,8 @@ def run(options: Any) -> None:
         function("commands", "run_generate")(options)
     elif isinstance(options, Merge):
         function("commands", "run_merge")(options)
+    elif isinstance(options, Export):
+        function("commands", "run_export")(options)
     else:
         function("demo", "demo")(options)
 

@@ -1,8 +1,8 @@
-"""The commands that use a trained adapter: continue prompts, and merge into the base."""
+"""The commands that use a trained adapter: continue prompts, merge into the base, export."""
 
 import jax.numpy as jnp
 
-from lora_mini_jax import storage
+from lora_mini_jax import peft, storage
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.data import load_tokenizer
 from lora_mini_jax.decode import generate
@@ -10,7 +10,7 @@ from lora_mini_jax.finetune import Log
 from lora_mini_jax.models import load
 from lora_mini_jax.models import save as save_model
 from lora_mini_jax.models.hub import resolve
-from lora_mini_jax.options import Generate, Merge
+from lora_mini_jax.options import Export, Generate, Merge
 from lora_mini_jax.transform import merge
 
 
@@ -58,3 +58,24 @@ def run_merge(options: Merge, say: Log = print) -> None:
     dtype = jnp.dtype(options.dtype)
     save_model(options.output_dir, model, merged, dtype=dtype, tokenizer_from=folder)
     say(f"merged model: {options.output_dir}")
+
+
+def run_export(options: Export, say: Log = print) -> None:
+    """Write the adapter as PEFT's.
+
+    Raises:
+        UserError: a model or adapter that cannot be used, or a method that PEFT has no form of.
+    """
+    model, params = load(resolve(options.model))
+    allow = options.allow_different_base
+    adapter = storage.load(options.adapter, params, allow_different_base=allow)
+    peft.save(
+        options.output_dir,
+        adapter,
+        params,
+        names=peft.names_of(model),
+        base=options.model,
+        as_lora=options.as_lora,
+        task_type="CAUSAL_LM",
+    )
+    say(f"PEFT adapter: {options.output_dir}")

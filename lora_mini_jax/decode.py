@@ -1,4 +1,4 @@
-"""Text from a Llama, plain or adapted: prompts of different lengths, a cache, greedy or nucleus.
+"""Text from a decoder, plain or adapted: prompts of different lengths, a cache, greedy or nucleus.
 
 Example:
     >>> from lora_mini_jax.models import Llama, LlamaConfig
@@ -53,9 +53,13 @@ def generate(
         The new tokens of each row, without the prompt and without the end token.
 
     Raises:
-        UserError: an empty prompt, ids outside the vocabulary, too many tokens for the model's
-            positions, or sampling settings out of range; all of them in one line.
+        UserError: a model that is no decoder, an empty prompt, ids outside the vocabulary, too
+            many tokens for the model's positions, or sampling settings out of range; all of them
+            in one line.
     """
+    if not isinstance(model, Llama):
+        raise UserError(f"cannot generate with a {type(model).__name__}: give a Llama, the class "
+                        "of all decoders that load reads")  # fmt: skip
     config = model.config
     rows = [np.asarray(prompt) for prompt in prompts]
     _check(config, rows, max_new_tokens, temperature, top_p)

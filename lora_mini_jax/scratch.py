@@ -20,7 +20,7 @@ from lora_mini_jax.data import (
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.methods import Full
 from lora_mini_jax.models import Llama, LlamaConfig
-from lora_mini_jax.models.hub import load_config
+from lora_mini_jax.models.hub import load_decoder_config
 from lora_mini_jax.options import Pretrain
 from lora_mini_jax.plan import Site, plan
 from lora_mini_jax.schedule import of_length
@@ -53,7 +53,7 @@ def shape(options: Pretrain, tokenizer: Tokenizer) -> LlamaConfig:
     Raises:
         UserError: sizes that do not go together, or too small for the tokenizer or the rows.
     """
-    config, sizes = load_config(options.shape), options.sizes()
+    config, sizes = load_decoder_config(options.shape), options.sizes()
     if {"hidden_size", "num_attention_heads"} & set(sizes):
         sizes["head_dim"] = 0  # what hidden_size over heads gives
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}

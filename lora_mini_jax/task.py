@@ -26,7 +26,7 @@ from lora_mini_jax.data import (
 )
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models import Llama, LlamaConfig, load
-from lora_mini_jax.models.hub import load_config, resolve
+from lora_mini_jax.models.hub import load_decoder_config, resolve
 from lora_mini_jax.options import AdapterOptions, Finetune, one_or_names
 from lora_mini_jax.plan import Site, check, plan
 from lora_mini_jax.selection import select
@@ -89,7 +89,7 @@ def prepare(options: Finetune) -> Task:
     if not options.data:
         raise UserError("no training data: give --data, a file, folder or hub id")
     folder = resolve(options.model)
-    config = load_config(folder)
+    config = load_decoder_config(folder)
     check_length(options.max_length, config)
     sites = planned_sites(options, Llama(config))
     tokenizer = load_tokenizer(folder)

@@ -20,6 +20,7 @@ from lora_mini_jax.methods import (
     DoRA,
     Full,
     LoRAFA,
+    LoRAMiniDiag,
     LoRAXS,
     MiSS,
     OLoRA,
@@ -54,6 +55,7 @@ CASES = (
     Case("pissa", PiSSA(rank=2, alpha=3.0), lambda n_in, n_out: 2 * (n_in + n_out), random=False),
     Case("olora", OLoRA(rank=2, alpha=3.0), lambda n_in, n_out: 2 * (n_in + n_out), random=False),
     Case("lora-xs", LoRAXS(rank=3, alpha=3.0), lambda n_in, n_out: 9, identity_at_start=False),
+    Case("lora-mini-diag", LoRAMiniDiag(rank=3, outer_init="orthogonal"), lambda n_in, n_out: 3),
     Case("vera", VeRA(rank=5), lambda n_in, n_out: 5 + n_out),
     Case("miss", MiSS(rank=3), lambda n_in, n_out: 3 * n_out, random=False),
     Case("miss-mini", MiSS(rank=3, mode="mini"), lambda n_in, n_out: 3, random=False),
@@ -91,7 +93,7 @@ LAYOUTS = ("plain", "remat", "scan", "scan+remat", "vmap")
 THOROUGH = {"lora", "dora", "switchlora", "diffora-softmax"}
 # Rows that differ from another in a formula or a draw alone, not in how they meet a model.
 VARIANTS = {"rslora", "lora-mini-normal", "lora-mini-fan_in", "lora-mini-svd", "miss-mini",
-            "diffora-sigmoid", "olora"}  # fmt: skip
+            "diffora-sigmoid", "olora", "lora-mini-diag"}  # fmt: skip
 MAIN = tuple(case for case in CASES if case.name not in VARIANTS)
 LAID_OUT = [
     (case, layout)

@@ -8,7 +8,17 @@ import pytest
 from lora_mini_jax import LoRA, LoRAMini, Target, UserError
 from lora_mini_jax.budget import within
 from lora_mini_jax.cli import main
-from lora_mini_jax.methods import AdaLoRA, DiffoRA, DoRA, Full, LoRAXS, MiSS, SwitchLoRA, VeRA
+from lora_mini_jax.methods import (
+    AdaLoRA,
+    DiffoRA,
+    DoRA,
+    Full,
+    LoRAMiniDiag,
+    LoRAXS,
+    MiSS,
+    SwitchLoRA,
+    VeRA,
+)
 from tests.runs import write_model
 
 TARGETS = tuple(
@@ -21,7 +31,7 @@ TARGETS = tuple(
 @pytest.mark.parametrize(
     "method",
     [LoRA(), DoRA(), LoRAXS(), VeRA(), MiSS(), MiSS(mode="mini", mini_rank=4), MiSS(mode="bat"),
-     LoRAMini(rank=2), LoRAMini(rank=2, outer_init="svd"), AdaLoRA(total_steps=100),
+     LoRAMiniDiag(), LoRAMini(rank=2), LoRAMini(rank=2, outer_init="svd"), AdaLoRA(total_steps=100),
      DiffoRA(inner=LoRA()), SwitchLoRA()],
     ids=lambda m: f"{m.name}-{getattr(m, 'mode', getattr(m, 'outer_init', ''))}",
 )  # fmt: skip

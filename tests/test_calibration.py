@@ -9,8 +9,20 @@ import numpy as np
 import optax
 import pytest
 
-from lora_mini_jax import LoRA, LoRAMini, TrainState, UserError, init, linen, load, save, select
+from lora_mini_jax import (
+    LoRA,
+    LoRAMini,
+    TrainState,
+    UserError,
+    init,
+    linen,
+    load,
+    merge,
+    save,
+    select,
+)
 from lora_mini_jax.calibration import calibrate
+from lora_mini_jax.methods import LoRAMiniDiag
 from tests.cases import by_name, cross_entropy, random_params, setup
 
 N_IN, N_OUT = 9, 7
@@ -56,16 +68,32 @@ def test_activation_factors_are_the_main_directions_of_inputs_and_outputs():
     same_span(right.T, np.linalg.svd(x @ w)[2][:4].T)
 
 
+def test_the_first_step_of_the_diagonal_is_along_the_gradient():
+    w = np.asarray(PARAMS["kernel"], np.float64)
+    x, y = BATCHES[0]
+    method = LoRAMiniDiag(rank=min(w.shape), alpha=2.0)
+    adapter = init(PARAMS, method, linen.targets(MODEL, PARAMS, x))
+    adapter = calibrate(adapter, PARAMS, loss, BATCHES[:1])
+    grads = jax.grad(lambda t: loss(PARAMS, adapter.with_trainable(t), BATCHES[0], None))
+    stepped = jax.tree.map(lambda g: -g, grads(adapter.trainable))
+    update = merge(PARAMS, adapter.with_trainable(stepped))["kernel"] - PARAMS["kernel"]
+    np.testing.assert_allclose(update, -(2.0**2) * x.T @ (x @ w - y), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("layout", ["plain", "scan+remat"])
-@pytest.mark.parametrize("outer_init", ["gradient", "activation"])
-def test_stacked_layers_get_their_own_factors_and_are_saved(outer_init: Any, layout: str, tmp_path):
+@pytest.mark.parametrize(
+    "method",
+    [LoRAMini(rank=2, a=4, b=5, outer_init="gradient"), LoRAMiniDiag(rank=4),
+     LoRAMini(rank=2, a=4, b=5, outer_init="activation")],
+    ids=["gradient", "diag", "activation"],
+)  # fmt: skip
+def test_stacked_layers_get_their_own_factors_and_are_saved(method: Any, layout: str, tmp_path):
     at = setup(layout)
     apply = linen.adapt(at.model)
 
     def model_loss(params: Any, adapter: Any, tokens: Any, key: Any) -> jax.Array:
         return cross_entropy(apply(params, adapter, tokens), tokens)
 
-    method = LoRAMini(rank=2, a=4, b=5, outer_init=outer_init)
     drawn = init(at.params, method, select(at.targets))
     with pytest.raises(UserError, match="calibrate"):
         TrainState.create(drawn, optax.adam(1e-2))

@@ -96,6 +96,23 @@ def test_merge_writes_what_transformers_loads_with_equal_logits(place):
     assert AutoTokenizer.from_pretrained(place / "merged").encode("red")
 
 
+def test_export_writes_what_peft_loads_with_equal_logits(place):
+    import jax.numpy as jnp
+    from peft import PeftModel
+
+    from lora_mini_jax import linen, models, storage
+
+    main(["export", "--model", str(place / "model"), "--adapter", str(place / "run" / "adapter"),
+          "--output-dir", str(place / "peft")])  # fmt: skip
+    model, params = models.load(place / "model")
+    adapter = storage.load(place / "run" / "adapter", params)
+    ids = [[1, 70, 71, 80, 90, 91]]
+    ours = linen.adapt(model)(params, adapter, jnp.array(ids))
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    theirs = PeftModel.from_pretrained(base, place / "peft")(torch.tensor(ids)).logits
+    assert abs(theirs.detach().numpy() - ours).max() < 1e-4 * abs(ours).max()
+
+
 def test_compare_runs_methods_and_seeds(place, capsys):
     specs = ("lora-mini:rank=1", "lora-mini:rank=2,learning_rate=0.02")
     given = ["--config", str(place / "config.json"), "--output-dir", str(place / "both")]

@@ -407,6 +407,19 @@ def test_chat_without_an_assistant_is_skipped() -> None:
 # Examples
 
 
+def test_records_of_prompt_and_completion_need_no_names() -> None:
+    tokenizer = character_tokenizer()
+    records = [{"prompt": "a", "completion": "b", "id": 3}]
+    named = Fields(prompt_field="prompt", completion_field="completion")
+    (found,), (wanted,) = (
+        encode_records(records, tokenizer, fields, max_length=9).examples
+        for fields in (Fields(), named)
+    )
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    np.testing.assert_array_equal(found.loss_mask, wanted.loss_mask)
+    assert not found.loss_mask.all()
+
+
 def test_text_and_completion_forms() -> None:
     tokenizer = character_tokenizer()
     a, b, newline = (tokenizer.encode(text)[0] for text in ("a", "b", "\n"))

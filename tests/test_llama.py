@@ -291,12 +291,16 @@ def truncate(path):
 
 ONE = np.ones((1, 1), np.float32)
 BROKEN = {
-    "architecture": (lambda f: config(f, architectures=["BertModel"]), ["BertModel", "only"]),
-    "model type": (lambda f: config(f, architectures=None, model_type="gpt2"), ["gpt2"]),
-    "activation": (lambda f: config(f, hidden_act="gelu"), ["'gelu'", "'silu'"]),
-    "rope": (lambda f: config(f, rope_parameters={"rope_type": "yarn"}), ["'yarn'", "'llama3'"]),
-    "old rope": (lambda f: config(f, rope_parameters=None, rope_scaling={"type": "linear"}),
-                 ["'linear'"]),
+    "architecture": (lambda f: config(f, architectures=["MambaForCausalLM"]),
+                     ["'MambaForCausalLM' is not supported", "only", "LlamaForCausalLM",
+                      "Gemma3ForCausalLM"]),
+    "model type": (lambda f: config(f, architectures=None, model_type="mamba"), ["mamba"]),
+    "architecture kind": (lambda f: config(f, architectures=5), ["architectures", "5"]),
+    "activation": (lambda f: config(f, hidden_act="tanh"), ["'tanh'", "'silu'"]),
+    "rope": (lambda f: config(f, rope_parameters={"rope_type": "longrope"}),
+             ["'longrope'", "'llama3'"]),
+    "old rope": (lambda f: config(f, rope_parameters=None, rope_scaling={"type": "dynamic"}),
+                 ["'dynamic'"]),
     "bad rope": (lambda f: config(f, rope_parameters=3), ["rope_parameters 3"]),
     "partial rope": (lambda f: config(f, rope_parameters={"partial_rotary_factor": 0.5}),
                      ["partial_rotary_factor"]),

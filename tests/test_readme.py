@@ -11,8 +11,8 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 SHELL = re.findall(r"```sh\n(.*?)```", README, re.S)
 
 
-def test_the_python_example_runs_and_learns(tmp_path, monkeypatch):
-    (example,) = PYTHON
+def test_the_python_examples_run_and_learn(tmp_path, monkeypatch):
+    example, nnx_example = PYTHON
     assert len(example.strip().splitlines()) <= 25
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -23,6 +23,8 @@ def test_the_python_example_runs_and_learns(tmp_path, monkeypatch):
     assert (tmp_path / "my-adapter" / "adapter.safetensors").exists()
     plain = names["model"].apply({"params": merged}, names["x"])
     assert jnp.abs(plain - names["apply"](params, state.adapter, names["x"])).max() < 1e-5
+    exec(nnx_example, names)
+    assert jnp.abs(names["model"](names["x"]) - names["y"]).max() < 1e-5
 
 
 def test_every_command_shown_parses():

@@ -58,6 +58,8 @@ class Fields:
             return self
         if "messages" in record:
             return replace(self, messages_field="messages")
+        if "text" not in record and {"prompt", "completion"} <= record.keys():
+            return replace(self, prompt_field="prompt", completion_field="completion")
         return replace(self, text_field="text")
 
 

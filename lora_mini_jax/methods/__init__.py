@@ -11,6 +11,7 @@ from lora_mini_jax.methods.full import Full
 from lora_mini_jax.methods.lora import LoRA, LoRAFA
 from lora_mini_jax.methods.lora_mini import LoRAMini
 from lora_mini_jax.methods.lora_xs import LoRAXS
+from lora_mini_jax.methods.mini_diag import LoRAMiniDiag
 from lora_mini_jax.methods.miss import MiSS
 from lora_mini_jax.methods.pissa import OLoRA, PiSSA
 from lora_mini_jax.methods.relora import ReLoRA
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         LoRAMini,
+        LoRAMiniDiag,
         LoRA,
         LoRAFA,
         DoRA,

@@ -1,7 +1,26 @@
 """Models with readers and writers of Hugging Face folders; Flax Linen throughout."""
 
-from lora_mini_jax.models.hub import load, save
+from lora_mini_jax.models.bert import Bert
+from lora_mini_jax.models.deberta import DebertaV2
+from lora_mini_jax.models.deberta_config import DebertaV2Config
+from lora_mini_jax.models.encoder_config import BertConfig, RobertaConfig, XLMRobertaConfig
+from lora_mini_jax.models.hub import load
 from lora_mini_jax.models.llama import Llama
 from lora_mini_jax.models.llama_config import LlamaConfig
+from lora_mini_jax.models.roberta import Roberta, XLMRoberta
+from lora_mini_jax.models.saving import save
 
-__all__ = ["Llama", "LlamaConfig", "load", "save"]
+__all__ = [
+    "Bert",
+    "BertConfig",
+    "DebertaV2",
+    "DebertaV2Config",
+    "Llama",
+    "LlamaConfig",
+    "Roberta",
+    "RobertaConfig",
+    "XLMRoberta",
+    "XLMRobertaConfig",
+    "load",
+    "save",
+]

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -39,6 +40,10 @@ class Family:
             own way is (out, in).
         copies: tensors that a file may hold though the model ties them, with what they must equal.
         ignored: a regular expression for tensors of no use here: tables made from the config.
+        stack: the module under which the layers are, as `STACK`.
+        trunk: where the family has several heads, the top modules that are in no head. A file may
+            then have its tensors without ``prefix``, other heads in it are ignored, and what a
+            head that is asked for lacks can be drawn.
         inputs: the abstract inputs of a call that shows every parameter.
     """
 
@@ -51,6 +56,8 @@ class Family:
     keeps_layout: bool = False
     copies: Mapping[str, str] = field(default_factory=dict)
     ignored: str = r"rotary_emb\.inv_freq$"
+    stack: str = STACK
+    trunk: tuple[str, ...] = ()
     inputs: Callable[[], tuple[jax.ShapeDtypeStruct, ...]] = token_inputs
 
     def names(self, path: PathTuple, layers: int) -> list[str]:
@@ -67,16 +74,44 @@ class Family:
         leaf = self.renamed.get(ending, _LEAVES.get(path[-1], path[-1]))
         prefix = "" if path[0] in self.bare else self.prefix
         parts = [re.sub(r"_(\d+)$", r".\1", part) for part in path[:-1]]
-        if STACK not in path:
+        if self.stack not in path:
             return [prefix + ".".join((*parts, leaf))]
-        at = path.index(STACK)
+        at = path.index(self.stack)
         return [prefix + ".".join((*parts[: at + 1], str(i), *parts[at + 1 :], leaf))
                 for i in range(layers)]  # fmt: skip
 
+    def canonical(self, name: str) -> str:
+        """What a tensor of a file is called here: older files had other names.
+
+        Example:
+            >>> from lora_mini_jax.models.bert import FAMILY
+            >>> FAMILY.canonical("embeddings.LayerNorm.gamma")
+            'bert.embeddings.LayerNorm.weight'
+        """
+        if not self.trunk:
+            return name
+        name = re.sub(r"(LayerNorm)\.gamma$", r"\1.weight", name)
+        name = re.sub(r"(LayerNorm)\.beta$", r"\1.bias", name).removeprefix(self.prefix)
+        return name if name.split(".")[0] in self.bare else self.prefix + name
+
+    def top(self, name: str) -> str:
+        """The top module of a tensor's name: ``"encoder"`` or ``"classifier"``."""
+        return name.removeprefix(self.prefix).split(".")[0]
+
     def swapped(self, path: PathTuple, value: np.ndarray) -> np.ndarray:
         """A parameter in the file's layout, or the other way round: its own inverse."""
-        return value if self.keeps_layout or path[-1] != "kernel" else value.swapaxes(-1, -2)
+        return value.swapaxes(-1, -2) if self.flips(path) else value
+
+    def flips(self, path: PathTuple) -> bool:
+        """Whether the file has the axes of a parameter the other way round."""
+        return path[-1] == "kernel" and not self.keeps_layout
 
     def shapes(self, model: nn.Module) -> dict[str, Any]:
         """Shape and dtype of every parameter, as a tree; nothing is computed."""
-        return jax.eval_shape(model.init, jax.random.key(0), *self.inputs())["params"]
+        return jax.tree.map(lambda leaf: leaf, _shapes(cast(Any, model), self.inputs))
+
+
+@lru_cache(maxsize=16)
+def _shapes(model: nn.Module, inputs: Callable[[], tuple[Any, ...]]) -> dict[str, Any]:
+    # Kept, copied for each caller, because to trace a small model takes longer than to read it.
+    return jax.eval_shape(model.init, jax.random.key(0), *inputs())["params"]

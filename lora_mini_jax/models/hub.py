@@ -1,61 +1,36 @@
-"""Hugging Face folders in and out: ``config.json`` and safetensors, without torch or pickle.
+"""Reading Hugging Face folders: ``config.json`` and safetensors, without torch or pickle.
 
 Example:
     >>> model, params = load("path/to/llama")                        # doctest: +SKIP
-    >>> save("path/to/copy", model, params, tokenizer_from="path/to/llama")  # doctest: +SKIP
 """
 
-import json
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Sharding
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.files import new_folder, read_object, writing
 from lora_mini_jax.models import llama
-from lora_mini_jax.models.family import STACK, Family, PathTuple
-from lora_mini_jax.models.shards import open_tensors
+from lora_mini_jax.models.arrays import read_array
+from lora_mini_jax.models.families import family_of
+from lora_mini_jax.models.family import Family, PathTuple
+from lora_mini_jax.models.fresh import asked, draw, lacking
+from lora_mini_jax.models.llama_config import LlamaConfig
+from lora_mini_jax.models.shards import open_tensors, read_downloaded
+from lora_mini_jax.models.tensors import DTYPES, Tensor, same
 
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "generation_config.json", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
 _DOWNLOADS = ["config.json", "model*.safetensors", "model.safetensors.index.json", *COMPANIONS]
-FAMILIES = (llama.FAMILY,)
-"""Every kind of model that can be read; a new one is a file and a place here."""
-_FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-def family_of(hf: dict[str, Any]) -> Family:
-    """The family that a ``config.json`` belongs to.
-
-    Raises:
-        UserError: an architecture that is in none of `FAMILIES`, with the list of all that are.
-    """
-    known = {name: family for family in FAMILIES for name in family.architectures}
-    given = hf.get("architectures") or [_by_type(hf, known)]
-    if len(given) == 1 and given[0] in known:
-        return known[given[0]]
-    name = ", ".join(map(str, given if given[0] else [hf.get("model_type")]))
-    raise UserError(
-        f"architecture {name!r} is not supported, only {', '.join(sorted(known))}: use another "
-        "model or correct config.json"
-    )
-
-
-def _by_type(hf: dict[str, Any], known: dict[str, Family]) -> str | None:
-    """The architecture of a ``config.json`` that names only its ``model_type``."""
-    wanted = str(hf.get("model_type", "")).replace("_", "").lower() + "forcausallm"
-    return next((name for name in known if name.lower() == wanted), None)
 
 
 def resolve(path_or_id: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -88,6 +63,22 @@ def load_config(path_or_id: str | os.PathLike[str], *, revision: str | None = No
     return _read_config(resolve(path_or_id, revision))[1]
 
 
+def load_decoder_config(path_or_id: str | os.PathLike[str]) -> LlamaConfig:
+    """The same for a model that continues text.
+
+    Raises:
+        UserError: as `load_config`, and for an encoder.
+    """
+    folder = resolve(path_or_id)
+    family, config = _read_config(folder)
+    if family is not llama.FAMILY:
+        raise UserError(
+            f"{folder} holds a {family.module.__name__}, which does not continue text: give one of "
+            f"{', '.join(llama.FAMILY.architectures)}"
+        )
+    return config
+
+
 def load_abstract(
     path_or_id: str | os.PathLike[str], *, revision: str | None = None
 ) -> tuple[nn.Module, dict]:
@@ -98,62 +89,85 @@ def load_abstract(
 
 
 def _read_config(folder: Path) -> tuple[Family, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"{file} does not exist: give a Hugging Face model folder")
-    hf = read_object(file)
+    hf = _read_hf(folder)
     family = family_of(hf)
     return family, family.config.from_hf(hf)
 
 
-def _family(model: nn.Module) -> Family:
-    """The family of a module."""
-    return next(family for family in FAMILIES if type(model) is family.module)
+def _read_hf(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: give a Hugging Face model folder")
+    return read_downloaded(file)
 
 
 def load(
     path_or_id: str | os.PathLike[str],
     *,
+    task: str | None = None,
+    num_labels: int | None = None,
+    labels: Sequence[str] | None = None,
+    seed: int = 0,
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
     scan_layers: bool = False,
     remat: bool = False,
     revision: str | None = None,
+    sharding: Sharding | Callable[[str], Sharding | None] | None = None,
 ) -> tuple[Any, dict]:
     """Read a model from a local folder or the hub; ``config.json`` says of which kind.
 
     Args:
         path_or_id: a folder with ``config.json`` and safetensors, or a hub id.
+        task: an encoder's head, where not the file's own is wanted: ``"sequence-classification"``,
+            ``"regression"``, ``"token-classification"`` or ``"masked-lm"``. What the file lacks of
+            it, or has for another task or in another shape, is drawn as ``init`` would, and
+            ``model.drawn`` lists it. Without ``task`` all must be in the file.
+        num_labels, labels: how many classes that head has, or their names; else as in the file.
+        seed: of what is drawn.
         dtype, scan_layers, remat: as in the model's class, :class:`Llama` for one.
         param_dtype: what the weights are cast to, whatever the file holds.
         revision: branch, tag or commit of a hub id.
+        sharding: where the parameters go: one sharding for all, or what gives one for a path such
+            as ``"layers_0/mlp/up_proj/kernel"``; None is the default device. Tensors are read one
+            at a time, and only those parts that this process' devices want.
 
     Returns:
         The module and its ``params`` tree of jax arrays.
 
     Raises:
-        UserError: no such model, an unsupported architecture, a damaged file, or tensors that do
-            not fit the config (missing, extra and misshaped ones are all listed).
+        UserError: no such model, an unsupported architecture, a damaged file, a head that the
+            model cannot have, or tensors that do not fit the config (missing, extra and misshaped
+            ones are all listed).
     """
     folder = resolve(path_or_id, revision)
-    family, config = _read_config(folder)
+    own = _read_hf(folder)
+    family = family_of(own, any_head=task is not None)
+    hf = asked(family, own, task, num_labels, labels)
+    config = family.config.from_hf(hf)
+    where = {family.canonical(name): tensor for name, tensor in open_tensors(folder).items()}
+    layers = config.num_hidden_layers
+    if layers > len(where):
+        raise UserError(f"{folder}: config.json says {layers} layers, but there are only "
+                        f"{len(where)} tensors: correct it or fetch the model again")  # fmt: skip
     model = family.module(config, dtype, param_dtype, scan_layers, remat)
     shapes = flatten_dict(family.shapes(model))
-    layers = config.num_hidden_layers
-    expected: dict[str, tuple[int, ...]] = {}
-    for path, leaf in shapes.items():
-        expected |= _slots(family, path, leaf.shape, layers)
-    with ExitStack() as stack:
-        where = open_tensors(folder, stack)
-        _check(folder, where, expected, family)
-        flat = {}
-        for path, leaf in shapes.items():
-            # One tensor at a time: a model is never held twice in its file's dtype.
-            values = [
-                family.swapped(path, where[name].get_tensor(name).astype(leaf.dtype))
-                for name in family.names(path, layers)
-            ]
-            flat[path] = jnp.asarray(np.stack(values) if STACK in path else values[0])
+    slots = {path: _slots(family, path, leaf.shape, layers) for path, leaf in shapes.items()}
+    drawn = []
+    if task is not None:
+        drawn = lacking(family, slots, where, own.get("architectures") == hf["architectures"])
+    read = [path for path in shapes if path not in drawn]
+    _check(folder, where, {name: s for path in read for name, s in slots[path].items()}, family)
+
+    place: Callable[[str], Any] = sharding if callable(sharding) else lambda name: sharding
+    model, fresh = draw(model, family, drawn, seed)
+    flat = {path: jax.device_put(x, place("/".join(path))) for path, x in fresh.items()}
+    for path in read:
+        name = "/".join(path)
+        flat[path] = read_array(
+            [where[tensor] for tensor in slots[path]], shapes[path], name=name,
+            stacked=family.stack in path, flipped=family.flips(path), sharding=place(name),
+        )  # fmt: skip
     return model, unflatten_dict(flat)
 
 
@@ -161,88 +175,29 @@ def _slots(
     family: Family, path: PathTuple, shape: tuple[int, ...], layers: int
 ) -> dict[str, tuple[int, ...]]:
     """The tensors of one parameter with the shape each has in the file."""
-    one = shape[1:] if STACK in path else shape
-    flipped = path[-1] == "kernel" and not family.keeps_layout
-    return dict.fromkeys(family.names(path, layers), one[::-1] if flipped else one)
+    one = shape[1:] if family.stack in path else shape
+    return dict.fromkeys(family.names(path, layers), one[::-1] if family.flips(path) else one)
 
 
-def save(
-    path: str | os.PathLike[str],
-    model: nn.Module,
-    params: dict,
-    *,
-    dtype: Any = None,
-    tokenizer_from: str | os.PathLike[str] | None = None,
+def _check(
+    folder: Path, where: dict[str, Tensor], expected: dict[str, tuple[int, ...]], family: Family
 ) -> None:
-    """Write a folder that transformers' ``AutoModelForCausalLM`` and :func:`load` read.
-
-    It is written beside its place and renamed, so a crash leaves no half-written model.
-
-    Args:
-        path: a new or empty folder.
-        model, params: as :func:`load` returns them, stacked or not.
-        dtype: of the tensors in the file; None keeps that of ``params``.
-        tokenizer_from: folder or hub id whose tokenizer and generation files are copied.
-
-    Raises:
-        UserError: ``path`` is taken, or ``params`` do not fit the model (all listed).
-    """
-    from safetensors.numpy import save_file
-
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists and is not an empty folder: give a new path or remove it")
-    source = None if tokenizer_from is None else resolve(tokenizer_from)
-    tensors = dict(_hf_tensors(model, params, dtype))
-    kept = next(iter(tensors.values())).dtype.name
-    with new_folder(path) as folder:
-        config = model.config.to_hf() | {"dtype": kept}
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        with writing(path):
-            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        for name in COMPANIONS:
-            if source is not None and (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-
-
-def _hf_tensors(model: Any, params: dict, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the file, checked against the model first."""
-    family = _family(model)
-    flat, shapes = flatten_dict(params), flatten_dict(family.shapes(model))
-    bad = [f"missing {'/'.join(p)}" for p in shapes if p not in flat]
-    bad += [f"extra {'/'.join(p)}" for p in flat if p not in shapes]
-    bad += [f"{'/'.join(p)} is {flat[p].shape}, not {s.shape}" for p, s in shapes.items()
-            if p in flat and flat[p].shape != s.shape]  # fmt: skip
-    if bad:
-        raise UserError(f"params do not fit the model: {'; '.join(bad)}; give load's or init's")
-    for path, leaf in flat.items():
-        names = family.names(path, model.config.num_hidden_layers)
-        value = np.asarray(leaf if dtype is None else leaf.astype(dtype))
-        for name, one in zip(names, value if STACK in path else [value], strict=True):
-            yield name, np.ascontiguousarray(family.swapped(path, one))
-
-
-def _check(folder: Path, where: dict, expected: dict[str, tuple[int, ...]], family: Family) -> None:
     """One error for all the tensors that do not fit the config."""
     bad = [f"missing {name}" for name in expected if name not in where]
-    for name, handle in where.items():
-        part = handle.get_slice(name)
-        shape, kind = tuple(part.get_shape()), part.get_dtype()
+    tops = {family.top(name) for name in expected}
+    for name, tensor in where.items():
+        if family.trunk and family.top(name) not in tops:
+            continue  # another head's
         if name not in expected:
             original = family.copies.get(name)
-            copy = original and original in where and _equal(where, name, original)
+            copy = original in where and same(tensor, where[original])
             if not copy and not re.search(family.ignored, name):
                 why = f" (tied, yet not equal to {original})" if original else ""
                 bad.append(f"extra {name}{why}")
-        elif shape != expected[name]:
-            bad.append(f"{name} is {shape}, not {expected[name]}")
-        elif kind not in _FLOATS:
-            bad.append(f"{name} is {kind}, not one of {', '.join(_FLOATS)}")
+        elif tensor.shape != expected[name]:
+            bad.append(f"{name} is {tensor.shape}, not {expected[name]}")
+        elif tensor.kind not in DTYPES:
+            bad.append(f"{name} is {tensor.kind}, not one of {', '.join(DTYPES)}")
     if bad:
         raise UserError(f"{folder}: tensors do not fit config.json: {'; '.join(bad)}; "
                         "correct config.json or fetch the model again")  # fmt: skip
-
-
-def _equal(where: dict, copy: str, original: str) -> bool:
-    """Whether a tied model's stored copy is the tensor that it should be."""
-    return np.array_equal(where[copy].get_tensor(copy), where[original].get_tensor(original))

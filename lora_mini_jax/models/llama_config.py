@@ -1,44 +1,58 @@
-"""The shape of a Llama, to and from Hugging Face's ``config.json`` of transformers 4 and 5."""
+"""The shape of a decoder of Llama's family."""
 
-from dataclasses import dataclass, fields
-from math import pi
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.models.activations import ACTIVATIONS
+from lora_mini_jax.models.checks import DEEPEST, is_depth, is_flag, is_id, is_real, is_size
+from lora_mini_jax.models.llama_families import KINDS, Kind
+from lora_mini_jax.models.rotary import Scaling
+from lora_mini_jax.models.rotary_config import GLOBAL, LOCAL
 
-SUPPORTED = ("LlamaForCausalLM",)
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-_REQUIRED = (*_SIZES, "num_attention_heads")
-
-
-@dataclass(frozen=True)
-class Llama3Rope:
-    """Llama 3.1's stretch of the slow rotary frequencies; names and units as in Hugging Face."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __call__(self, inv_freq: np.ndarray) -> np.ndarray:
-        """Scale inverse frequencies (radians a token): slow ones by 1/factor, fast ones not."""
-        turns = self.original_max_position_embeddings * inv_freq / (2 * pi)
-        span = self.high_freq_factor - self.low_freq_factor
-        fast = np.clip((turns - self.low_freq_factor) / span, 0.0, 1.0)
-        return (1 - fast) * inv_freq / self.factor + fast * inv_freq
+_WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+REQUIRED = (*_WIDTHS, "num_hidden_layers")
+OPTIONS: dict[str, Any] = {
+    "attention_bias": False, "mlp_bias": False, "sliding_window": None, "layer_types": (),
+    "query_pre_attn_scalar": None, "attn_logit_softcapping": None,
+    "final_logit_softcapping": None, "rope_local_base_freq": None,
+}  # fmt: skip
+"""The fields that only some architectures have, and what they are in the others."""
+_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    ((*_WIDTHS, "max_position_embeddings"), is_size, "not a whole number from 1"),
+    (("num_hidden_layers",), is_depth, f"not a whole number from 1 to {DEEPEST}"),
+    (("num_key_value_heads", "head_dim"), lambda v: is_size(v, 0), "not a whole number from 1"),
+    (("sliding_window",), lambda v: v is None or is_size(v), "not a whole number from 1"),
+    (("rms_norm_eps", "rope_theta", "initializer_range"), is_real, "not a positive number"),
+    (("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+      "rope_local_base_freq"), lambda v: v is None or is_real(v), "not a positive number"),
+    (("attention_bias", "mlp_bias", "tie_word_embeddings"), is_flag, "neither true nor false"),
+    (("bos_token_id", "pad_token_id"), is_id, "no token id"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama, under Hugging Face's names and with its defaults.
+    """The shape of a decoder of Llama's family, under Hugging Face's names and with Llama's
+    defaults.
 
     ``num_key_value_heads=0`` and ``head_dim=0`` mean "as in Hugging Face": one key-value head a
     query head, and ``hidden_size // num_attention_heads``; the instance holds the numbers.
 
+    Attributes:
+        architecture: a key of ``llama_families.KINDS``, which says what has no field here.
+        sliding_window: how many tokens back a layer sees, itself counted; None: all.
+        layer_types: ``"full_attention"`` or ``"sliding_attention"`` for each layer; ``()`` is the
+            architecture's usual pattern.
+        query_pre_attn_scalar: logits are divided by its root; None is ``head_dim``.
+        attn_logit_softcapping, final_logit_softcapping: bounds on logits, or None.
+        rope_local_base_freq: ``rope_theta`` of the layers with a window, which are then not
+            stretched by ``rope_scaling``; None: all layers are alike.
+
     Raises:
-        UserError: sizes that are not whole numbers from 1, or heads that do not divide.
+        UserError: an unknown architecture or activation, a field that it does not have, sizes
+            that are not whole numbers from 1, heads that do not divide; all in one line.
     """
 
     vocab_size: int
@@ -50,7 +64,7 @@ class LlamaConfig:
     head_dim: int = 0
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: Llama3Rope | None = None
+    rope_scaling: Scaling | None = None
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
     attention_bias: bool = False
@@ -59,92 +73,100 @@ class LlamaConfig:
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = None
+    architecture: str = "LlamaForCausalLM"
+    hidden_act: str = "silu"
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] = ()
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    rope_local_base_freq: float | None = None
 
     def __post_init__(self) -> None:
-        sizes = {name: getattr(self, name) for name in (*_REQUIRED, "max_position_embeddings")}
-        sizes |= {n: getattr(self, n) or 1 for n in ("num_key_value_heads", "head_dim")}
-        bad = [f"{n}={v!r} is not a whole number from 1" for n, v in sizes.items()
-               if type(v) is not int or v < 1]  # fmt: skip
-        reals = {n: getattr(self, n) for n in ("rms_norm_eps", "rope_theta", "initializer_range")}
-        bad += [f"{n}={v!r} is not a positive number" for n, v in reals.items()
-                if not isinstance(v, int | float) or v <= 0]  # fmt: skip
-        if not bad:
-            heads = self.num_attention_heads
-            # The dataclass is frozen so that a model is hashable; this is its one moment to settle.
-            object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or heads)
-            if heads % self.num_key_value_heads:
-                bad.append(f"num_attention_heads={heads} is not a multiple of "
-                           f"num_key_value_heads={self.num_key_value_heads}")  # fmt: skip
-            if not self.head_dim and self.hidden_size % heads:
-                bad.append(f"hidden_size={self.hidden_size} is not a multiple of "
-                           f"num_attention_heads={heads}")  # fmt: skip
-            object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // heads)
-            if self.head_dim % 2:
-                bad.append(f"head_dim={self.head_dim} is odd, and rotary positions need pairs")
+        if not isinstance(self.architecture, str) or self.architecture not in KINDS:
+            raise UserError(f"architecture {self.architecture!r} is not supported, only "
+                            f"{', '.join(KINDS)}: name one of these")  # fmt: skip
+        bad = self._wrong_values() or self._settle() or self._wrong_layers()
         if bad:
             raise UserError(f"Llama config: {'; '.join(bad)}; correct config.json")
+
+    def _wrong_values(self) -> list[str]:
+        """The values that could be right in no model, or not in this one."""
+        bad = [f"{name}={getattr(self, name)!r} is {what}"
+               for names, fits, what in _RULES for name in names
+               if not fits(getattr(self, name))]  # fmt: skip
+        ends = self.eos_token_id
+        if not all(map(is_id, ends if isinstance(ends, tuple) else (ends,))):
+            bad.append(f"eos_token_id={ends!r} is no token id")
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
+            bad.append(f"hidden_act {self.hidden_act!r} is not supported, only "
+                       f"{', '.join(map(repr, ACTIVATIONS))}")  # fmt: skip
+        if not isinstance(self.rope_scaling, Scaling | None):
+            bad.append(f"rope_scaling={self.rope_scaling!r} is no stretch of positions")
+        others = [name for name in OPTIONS if name not in self.kind.options]
+        return bad + [f"{name}={getattr(self, name)!r} is not an option of {self.architecture}"
+                      for name in others if getattr(self, name) != OPTIONS[name]]  # fmt: skip
+
+    def _settle(self) -> list[str]:
+        """Fill in the heads; what does not divide."""
+        # The dataclass is frozen so that a model is hashable; this is its one moment to settle.
+        heads, bad = self.num_attention_heads, []
+        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or heads)
+        if heads % self.num_key_value_heads:
+            bad.append(f"num_attention_heads={heads} is not a multiple of "
+                       f"num_key_value_heads={self.num_key_value_heads}")  # fmt: skip
+        if not self.head_dim and self.hidden_size % heads:
+            bad.append(f"hidden_size={self.hidden_size} is not a multiple of "
+                       f"num_attention_heads={heads}")  # fmt: skip
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // heads)
+        if self.head_dim % 2:
+            bad.append(f"head_dim={self.head_dim} is odd, and rotary positions need pairs")
+        return bad
+
+    def _wrong_layers(self) -> list[str]:
+        """What is wrong with the kinds of layers; the usual ones become ``()``."""
+        types, depth = self.layer_types, self.num_hidden_layers
+        if not isinstance(types, tuple) or any(t not in (GLOBAL, LOCAL) for t in types):
+            return [f"layer_types {types!r} are not all {GLOBAL!r} or {LOCAL!r}"]
+        if types and len(types) != depth:
+            return [f"layer_types has {len(types)} entries for num_hidden_layers={depth}"]
+        if LOCAL in types and self.sliding_window is None:
+            return [f"layer_types has {LOCAL!r} but there is no sliding_window"]
+        if types and self.sliding == self._usual():
+            # So that a config of another depth can be made of this one.
+            object.__setattr__(self, "layer_types", ())
+        return []
+
+    @property
+    def kind(self) -> Kind:
+        """What the architecture computes that no field says."""
+        return KINDS[self.architecture]
+
+    @property
+    def sliding(self) -> tuple[bool, ...]:
+        """For each layer, whether it has a window."""
+        return tuple(name == LOCAL for name in self.layer_types) or self._usual()
+
+    def _usual(self) -> tuple[bool, ...]:
+        """`sliding`, where ``layer_types`` says nothing."""
+        period = self.kind.period
+        return tuple(self.sliding_window is not None and not (period and (i + 1) % period == 0)
+                     for i in range(self.num_hidden_layers))  # fmt: skip
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> "LlamaConfig":
         """Read the dict of a ``config.json``, written by transformers 4 or 5.
 
         Raises:
-            UserError: another architecture or activation, a rotary scaling other than default or
-                llama3, and missing or senseless values, all in one line.
+            UserError: an architecture or a setting that is not supported, and missing or
+                senseless values, all in one line.
         """
-        unnamed = SUPPORTED if hf.get("model_type") == "llama" else ()
-        given = hf.get("architectures") or unnamed
-        bad = []
-        if list(given) != list(SUPPORTED):
-            name = ", ".join(map(str, given)) or hf.get("model_type")
-            bad.append(f"architecture {name!r} is not supported, only {', '.join(SUPPORTED)}")
-        if hf.get("hidden_act", "silu") != "silu":
-            bad.append(f"hidden_act {hf['hidden_act']!r} is not supported, only 'silu'")
-        if missing := [name for name in _REQUIRED if hf.get(name) is None]:
-            bad.append(f"missing {', '.join(missing)}")
-        theta, scaling, problem = _read_rope(hf)
-        if bad := bad + problem:
-            raise UserError(f"Llama config: {'; '.join(bad)}; use another model or its config.json")
-        # A null in config.json means the default, except for the ids, where it means "none".
-        known: dict[str, Any] = {f.name: hf[f.name] for f in fields(cls) if f.name in hf}
-        known = {k: v for k, v in known.items() if v is not None or k.endswith("token_id")}
-        if isinstance(eos := known.get("eos_token_id"), list):
-            known["eos_token_id"] = tuple(eos)
-        known |= {"rope_theta": theta, "rope_scaling": scaling}
-        return cls(**known)
+        from lora_mini_jax.models.llama_hf import read
+
+        return cls(**read(hf))
 
     def to_hf(self) -> dict[str, Any]:
-        """The ``config.json`` dict, with the rotary settings where transformers 4 and 5 look."""
-        out = {f.name: getattr(self, f.name) for f in fields(self)}
-        if isinstance(self.eos_token_id, tuple):
-            out["eos_token_id"] = list(self.eos_token_id)
-        scaling = self.rope_scaling
-        rope = {"rope_type": "llama3", **vars(scaling)} if scaling else {"rope_type": "default"}
-        return out | {
-            "architectures": list(SUPPORTED), "model_type": "llama", "hidden_act": "silu",
-            "rope_scaling": rope if scaling else None,
-            "rope_parameters": rope | {"rope_theta": self.rope_theta},
-        }  # fmt: skip
+        """The ``config.json`` dict, with everything where transformers 4 and 5 look for it."""
+        from lora_mini_jax.models.llama_hf import write
 
-
-def _read_rope(hf: dict[str, Any]) -> tuple[float, Llama3Rope | None, list[str]]:
-    """(theta, scaling, problems) from either generation of ``config.json``."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        return 0.0, None, [f"rope_parameters {rope!r} is not an object"]
-    theta = rope.get("rope_theta", hf.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        return theta, None, ["partial_rotary_factor other than 1 is not supported"]
-    if kind == "default":
-        return theta, None, []
-    if kind != "llama3":
-        return theta, None, [f"rope_type {kind!r} is not supported, only 'default' and 'llama3'"]
-    names = [f.name for f in fields(Llama3Rope)]
-    values: dict[str, Any] = {name: rope.get(name) for name in names}
-    wrong = [n for n, v in values.items() if not isinstance(v, int | float) or v <= 0]
-    if wrong:
-        return theta, None, [f"llama3 rope needs positive numbers for {', '.join(wrong)}"]
-    if values["high_freq_factor"] <= values["low_freq_factor"]:
-        return theta, None, ["llama3 rope needs high_freq_factor above low_freq_factor"]
-    return theta, Llama3Rope(**values), []
+        return write(self)

@@ -1,7 +1,7 @@
 """The options of every command: typed, checked before any work, readable from a JSON file."""
 
 from lora_mini_jax.options.adapter import BASE, AdapterOptions, MethodOptions, one_or_names
-from lora_mini_jax.options.commands import Demo, Generate, Inspect, Merge, Methods
+from lora_mini_jax.options.commands import Demo, Export, Generate, Inspect, Merge, Methods
 from lora_mini_jax.options.config_file import differences, from_file, to_json
 from lora_mini_jax.options.finetune import Compare, Finetune
 from lora_mini_jax.options.pretrain import Pretrain
@@ -12,6 +12,7 @@ __all__ = [
     "AdapterOptions",
     "Compare",
     "Demo",
+    "Export",
     "Finetune",
     "Generate",
     "Inspect",

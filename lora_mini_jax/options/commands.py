@@ -65,3 +65,20 @@ class Merge:
     """Of the written weights; a narrow one can lose a small update."""
     allow_different_base: bool = False
     """Go on although the adapter was trained on other weights."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write an adapter for Hugging Face's PEFT: adapter_config.json, adapter_model.safetensors."""
+
+    adapter: str
+    """An adapter folder."""
+    output_dir: str
+    """The folder to write; what was there before is replaced."""
+    model: str = BASE
+    """The base model: folder or hub id."""
+    as_lora: bool = False
+    """Write a plain LoRA of one rank, its scale in the factors, whatever the method: for servers
+    such as vLLM."""
+    allow_different_base: bool = False
+    """Go on although the adapter was trained on other weights."""

@@ -37,7 +37,8 @@ class Finetune(Training, AdapterOptions):
     """The run folder: config, metrics, checkpoints, adapter and report."""
 
     text_field: str | None = None
-    """Field that holds the text; by default "text", or "messages" where records have that."""
+    """Field that holds the text; by default "text", or "messages", or "prompt" and "completion"
+    where records have those."""
     prompt_field: str | None = None
     """Field that holds the prompt, on which no loss is taken."""
     completion_field: str | None = None

@@ -1,0 +1,145 @@
+"""Many adapters on one base, side by side: switched by name or number, or mixed within a batch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.method import Factors
+from lora_mini_jax.plan import Site
+
+Leaves = dict[str, Factors]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("trainable", "frozen", "common", "keys"),
+    meta_fields=("sites", "names"),
+)
+@dataclass(frozen=True)
+class Bank:
+    """Adapters of the same kernels and methods, stacked. Make one with `bank`.
+
+    Frozen leaves that are the same in all adapters are kept once: LoRA-Mini adapters trained from
+    one seed share their outer factors, and a thousand of them are a thousand pairs of small
+    matrices.
+
+    Attributes:
+        trainable: ``{path: {name: (adapters, ...)}}``.
+        frozen: the same for the frozen leaves that differ.
+        common: the frozen leaves that do not, without the first axis.
+        keys: the data of the adapters' random keys ``(adapters, 2)``, uint32.
+        sites: the adapted kernels and their methods.
+        names: what the adapters are called, in their order.
+    """
+
+    trainable: Leaves
+    frozen: Leaves
+    common: Leaves
+    keys: jax.Array
+    sites: tuple[Site, ...]
+    names: tuple[str, ...]
+
+    def __getitem__(self, which: str | int | jax.Array) -> Adapter:
+        """One adapter, by its name or number. A number may be traced: a compiled function that
+        takes it as an argument serves every adapter.
+
+        Raises:
+            UserError: a name that is not in the bank.
+        """
+        if isinstance(which, str):
+            if which not in self.names:
+                raise UserError(f"no adapter {which!r}: choose from {', '.join(self.names)}")
+            which = self.names.index(which)
+        stacked = (self.trainable, self.frozen, self.keys)
+        return self._adapter(*jax.tree.map(lambda leaf: leaf[which], stacked))
+
+    def _adapter(self, trainable: Leaves, frozen: Leaves, key: jax.Array) -> Adapter:
+        both = {path: {**leaves, **frozen[path]} for path, leaves in self.common.items()}
+        return Adapter(trainable, both, key, self.sites)
+
+
+def bank(adapters: Mapping[str, Adapter]) -> Bank:
+    """Adapters by name as a `Bank`.
+
+    Raises:
+        UserError: none given, or adapters that differ in their kernels or methods; `combine` makes
+            LoRA adapters of one rank of such ones.
+
+    Example:
+        >>> from lora_mini_jax import LoRAMini, Target, init
+        >>> params, targets = {"up": {"kernel": jnp.ones((8, 8))}}, [Target("up/kernel", (8, 8))]
+        >>> method = LoRAMini(rank=1, a=2, b=2)
+        >>> many = bank({name: init(params, method, targets) for name in ("french", "german")})
+        >>> many["german"].trainable["up/kernel"]["A"].shape
+        (2, 1)
+    """
+    if not adapters:
+        raise UserError("a bank needs at least one adapter")
+    first, *others = adapters.values()
+    for name, other in list(adapters.items())[1:]:
+        if other.sites != first.sites:
+            raise UserError(
+                f"adapter {name!r} has other kernels or methods than {next(iter(adapters))!r}: a "
+                "bank holds adapters of one kind"
+            )
+    stack = partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
+    frozen: Leaves = {}
+    common: Leaves = {}
+    for path, leaves in first.frozen.items():
+        frozen[path], common[path] = {}, {}
+        for name, leaf in leaves.items():
+            all_leaves = [leaf, *(other.frozen[path][name] for other in others)]
+            if all(jnp.array_equal(leaf, each) for each in all_leaves):
+                common[path][name] = leaf
+            else:
+                frozen[path][name] = jnp.stack(all_leaves)
+    trainable = stack(*(adapter.trainable for adapter in adapters.values()))
+    keys = jnp.stack([adapter.key for adapter in adapters.values()])
+    return Bank(trainable, frozen, common, keys, first.sites, tuple(adapters))
+
+
+def mixed(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """An adapted call in which every row of the batch has an adapter of its own.
+
+    The frozen kernels are multiplied once with the whole batch; each row's factors are gathered.
+    A method with a dense part (SwitchLoRA) or that reads the kernel (DoRA) works too, at the cost
+    of a kernel a row.
+
+    Args:
+        apply: from `linen.adapt` or `nnx.adapt`.
+
+    Returns:
+        ``call(params, bank, ids, *inputs, **kwargs)``: ``ids`` ``(batch,)`` int32 says which
+        adapter of the `Bank` each row gets; every input has the batch as its first axis;
+        ``kwargs`` are the same for all rows.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> from lora_mini_jax import LoRA, init, linen
+        >>> model, x = nn.Dense(4), jnp.ones((3, 8))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> targets = linen.targets(model, params, x)
+        >>> many = bank({str(i): init(params, LoRA(rank=2), targets, i) for i in range(2)})
+        >>> mixed(linen.adapt(model))(params, many, jnp.array([0, 1, 0]), x).shape
+        (3, 4)
+    """
+
+    def call(params: Any, bank: Bank, ids: jax.Array, *inputs: Any, **kwargs: Any) -> Any:
+        stacked = (bank.trainable, bank.frozen, bank.keys)
+        own = jax.tree.map(lambda leaf: leaf[ids], stacked)
+
+        def row(own: Any, *inputs: Any) -> Any:
+            one = [None if x is None else x[None] for x in inputs]
+            y = apply(params, bank._adapter(*own), *one, **kwargs)
+            return jax.tree.map(lambda leaf: leaf[0], y)
+
+        axes = [None if x is None else 0 for x in inputs]
+        return jax.vmap(row, in_axes=(0, *axes))(own, *inputs)
+
+    return call

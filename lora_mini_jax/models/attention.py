@@ -1,0 +1,91 @@
+"""Attention of decoders: who sees whom, the key-value cache, grouped heads and capped logits."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Array:
+    """Softmax attention; with fewer key than query heads each serves a group of neighbours.
+
+    Args:
+        q: (batch, time, heads, head_dim).
+        k, v: (batch, keys, kv_heads, head_dim).
+        mask: (batch or 1, 1, time, keys) bool, True where a query sees a key; None is causal.
+        scale: of the logits; None is ``head_dim ** -0.5``.
+        softcap: logits become ``softcap * tanh(logits / softcap)``, as Gemma 2's; None is no cap.
+
+    Returns:
+        (batch, time, heads, head_dim) of ``q``'s dtype; the softmax is float32.
+
+    Example:
+        >>> x = jnp.ones((1, 3, 4, 8))
+        >>> attend(x, x[:, :, :2], x[:, :, :2], softcap=30.0).shape
+        (1, 3, 4, 8)
+    """
+    if softcap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=mask is None)
+    batch, time, _, width = q.shape
+    grouped = q.reshape(batch, time, k.shape[2], -1, width)
+    logits = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    logits = softcap * jnp.tanh(logits * (width**-0.5 if scale is None else scale) / softcap)
+    if mask is None:
+        mask = jnp.tril(jnp.ones((1, 1, time, k.shape[1]), bool))
+    logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape).astype(q.dtype)
+
+
+def written(kv: tuple[Array, Array], k: Array, v: Array, start: Array | int) -> tuple[Array, Array]:
+    """A layer's cache, ``k`` and ``v`` (batch, length, kv_heads, head_dim), with new ones in it."""
+    old, at = kv, (0, start, 0, 0)
+    return (
+        jax.lax.dynamic_update_slice(old[0], k.astype(old[0].dtype), at),
+        jax.lax.dynamic_update_slice(old[1], v.astype(old[1].dtype), at),
+    )
+
+
+def causal_masks(
+    tokens: Array,
+    segment_ids: Array | None,
+    cache: dict[str, Any] | None,
+    windows: Sequence[int | None] = (None,),
+) -> tuple[tuple[Array | None, ...], Array | None]:
+    """Who sees whom: a token the earlier ones of its own segment, and itself.
+
+    Args:
+        tokens: (batch, time).
+        segment_ids: (batch, time) int32, 0 for padding; None is one segment.
+        cache: with ``length`` () and ``segment_ids`` (batch, length); the tokens come after it.
+        windows: a mask is made for each: how many tokens back one is seen, itself counted; None
+            is no limit. Padding counts, so that rows may be padded on either side.
+
+    Returns:
+        The masks (batch, 1, time, keys) bool, or None for plain causal; and the segments of the
+        keys (batch, keys), None where there is neither a cache nor segments.
+    """
+    if segment_ids is None and cache is None and tuple(windows) == (None,):
+        return (None,), None
+    segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+    start, slots = 0, segments
+    if cache is not None:
+        start = cache["length"]
+        stored = cache["segment_ids"]
+        slots = jax.lax.dynamic_update_slice(stored, segments.astype(stored.dtype), (0, start))
+    back = (start + jnp.arange(tokens.shape[1]))[:, None] - jnp.arange(slots.shape[1])
+    # Padding sees padding: no query row is ever fully masked, so no softmax can be 0/0.
+    seen = (back >= 0) & (segments[:, :, None] == slots[:, None, :])
+    masks = (seen if window is None else seen & (back < window) for window in windows)
+    return tuple(mask[:, None] for mask in masks), slots

@@ -1,0 +1,103 @@
+"""The layers of a decoder of Llama's family; every difference within it is a field of the config
+or of its kind."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lora_mini_jax.models.activations import ACTIVATIONS
+from lora_mini_jax.models.attention import attend, written
+from lora_mini_jax.models.llama_config import LlamaConfig
+from lora_mini_jax.models.norms import RMSNorm
+from lora_mini_jax.models.rotary import rotate
+
+
+class Part(nn.Module):
+    """A piece of the model: its config, its dtypes, and what all pieces are made of."""
+
+    config: LlamaConfig
+    dtype: Any
+    param_dtype: Any
+
+    @property
+    def args(self) -> tuple[LlamaConfig, Any, Any]:
+        """What a piece of this piece is made with."""
+        return self.config, self.dtype, self.param_dtype
+
+    @nn.nowrap
+    def dense(self, name: str, features: int, bias: bool) -> nn.Dense:
+        """A projection with the config's initialiser."""
+        init = nn.initializers.normal(self.config.initializer_range)
+        return nn.Dense(
+            features, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype,
+            kernel_init=init, name=name,
+        )  # fmt: skip
+
+    @nn.nowrap
+    def norm(self, name: str) -> RMSNorm:
+        """A norm of the architecture's kind."""
+        offset = float(self.config.kind.plus_one)
+        return RMSNorm(self.config.rms_norm_eps, self.dtype, self.param_dtype, offset, name=name)
+
+
+class Attention(Part):
+    """Grouped-query attention; ``kv`` is this layer's slice of the cache, or None."""
+
+    @nn.compact
+    def __call__(self, x, rope, mask, start, kv):
+        c = self.config
+
+        def heads(name: str, count: int) -> jax.Array:
+            bias = c.attention_bias or c.kind.qkv_bias
+            return self.dense(name, count * c.head_dim, bias)(x).reshape(
+                *x.shape[:2], count, c.head_dim
+            )
+
+        q, k = heads("q_proj", c.num_attention_heads), heads("k_proj", c.num_key_value_heads)
+        v = heads("v_proj", c.num_key_value_heads)
+        if c.kind.qk_norm:
+            q, k = self.norm("q_norm")(q), self.norm("k_norm")(k)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if kv is not None:
+            kv = written(kv, k, v, start)
+            k, v = (stored.astype(q.dtype) for stored in kv)
+        scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
+        out = attend(q, k, v, mask, scale=scale, softcap=c.attn_logit_softcapping)
+        out = out.reshape(*x.shape[:2], -1)
+        return self.dense("o_proj", c.hidden_size, c.attention_bias)(out), kv
+
+
+class MLP(Part):
+    """The gated feed-forward: ``down(act(gate(x)) * up(x))``."""
+
+    @nn.compact
+    def __call__(self, x):
+        wide, bias = self.config.intermediate_size, self.config.mlp_bias
+        gate = ACTIVATIONS[self.config.hidden_act](self.dense("gate_proj", wide, bias)(x))
+        gated = gate * self.dense("up_proj", wide, bias)(x)
+        return self.dense("down_proj", self.config.hidden_size, bias)(gated)
+
+
+class Block(Part):
+    """One decoder layer, in the (carry, per-layer) form that ``nn.scan`` wants.
+
+    ``views`` holds what a kind of layer sees, (rope, mask); ``which`` says whose this layer's is,
+    and is None where there is one kind.
+    """
+
+    @nn.compact
+    def __call__(self, x, views, start, which, kv):
+        rope, mask = views[0]
+        if which is not None:
+            rope, mask = jax.tree.map(lambda *leaves: jnp.stack(leaves)[which], *views)
+        y = self.norm("input_layernorm")(x)
+        y, kv = Attention(*self.args, name="self_attn")(y, rope, mask, start, kv)
+        if not self.config.kind.sandwich:
+            x = x + y
+            y = self.norm("post_attention_layernorm")(x)
+            return x + MLP(*self.args, name="mlp")(y), kv
+        x = x + self.norm("post_attention_layernorm")(y)
+        y = MLP(*self.args, name="mlp")(self.norm("pre_feedforward_layernorm")(x))
+        return x + self.norm("post_feedforward_layernorm")(y), kv

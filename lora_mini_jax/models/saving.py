@@ -1,0 +1,73 @@
+"""A model as a Hugging Face folder: ``config.json``, safetensors, and the tokenizer beside them."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.files import new_folder, writing
+from lora_mini_jax.models.families import family_of_module
+from lora_mini_jax.models.hub import COMPANIONS, resolve
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    params: dict,
+    *,
+    dtype: Any = None,
+    tokenizer_from: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write a folder that transformers' ``AutoModelFor...`` and :func:`load` read.
+
+    It is written beside its place and renamed, so a crash leaves no half-written model.
+
+    Args:
+        path: a new or empty folder.
+        model, params: as :func:`load` returns them, stacked or not.
+        dtype: of the tensors in the file; None keeps that of ``params``.
+        tokenizer_from: folder or hub id whose tokenizer and generation files are copied.
+
+    Raises:
+        UserError: ``path`` is taken, or ``params`` do not fit the model (all listed).
+    """
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists and is not an empty folder: give a new path or remove it")
+    source = None if tokenizer_from is None else resolve(tokenizer_from)
+    tensors = dict(_hf_tensors(model, params, dtype))
+    kept = next(iter(tensors.values())).dtype.name
+    with new_folder(path) as folder:
+        config = model.config.to_hf() | {"dtype": kept}
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        with writing(path):
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        for name in COMPANIONS:
+            if source is not None and (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+
+
+def _hf_tensors(model: Any, params: dict, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the file, checked against the model first."""
+    family = family_of_module(model)
+    flat, shapes = flatten_dict(params), flatten_dict(family.shapes(model))
+    bad = [f"missing {'/'.join(p)}" for p in shapes if p not in flat]
+    bad += [f"extra {'/'.join(p)}" for p in flat if p not in shapes]
+    bad += [f"{'/'.join(p)} is {flat[p].shape}, not {s.shape}" for p, s in shapes.items()
+            if p in flat and flat[p].shape != s.shape]  # fmt: skip
+    if bad:
+        raise UserError(f"params do not fit the model: {'; '.join(bad)}; give load's or init's")
+    for path, leaf in flat.items():
+        names = family.names(path, model.config.num_hidden_layers)
+        value = np.asarray(leaf if dtype is None else leaf.astype(dtype))
+        for name, one in zip(names, value if family.stack in path else [value], strict=True):
+            yield name, np.ascontiguousarray(family.swapped(path, one))

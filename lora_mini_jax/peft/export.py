@@ -1,0 +1,184 @@
+"""An adapter as a folder that PEFT reads."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.files import new_folder, write_json, writing
+from lora_mini_jax.folding import fold, padded
+from lora_mini_jax.method import Factors, Method
+from lora_mini_jax.methods import LoRA, VeRA
+from lora_mini_jax.methods.full import Full
+from lora_mini_jax.peft import config, tensors, vera
+from lora_mini_jax.peft.leaves import LEAVES
+from lora_mini_jax.peft.names import Names, Place, is_tied, places
+from lora_mini_jax.peft.targeting import family_tree, modules_to_save, target_modules
+from lora_mini_jax.transform import merge
+from lora_mini_jax.tree import flatten, float32, unflatten
+
+
+class _Piece(NamedTuple):
+    """One adapted kernel: its leaves, of a method that PEFT has."""
+
+    place: Place
+    method: Method
+    factors: Factors
+
+
+def save(
+    folder: str | Path,
+    adapter: Adapter,
+    params: Mapping[str, Any],
+    *,
+    names: Names | None = None,
+    base: str = "",
+    as_lora: bool = False,
+    fan_in_fan_out: bool = False,
+    task_type: str | None = None,
+) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, whole or not at all.
+
+    PEFT's model with this adapter computes what ours does, on the same base. LoRA, LoRA-FA, DoRA,
+    AdaLoRA, MiSS and VeRA go out as they are; every other method whose update is a product of thin
+    matrices (LoRA-Mini, LoRA-XS, PiSSA, OLoRA at twice their rank) as a plain LoRA with
+    ``lora_alpha = r``. Kernels that share leaves (`Site.owner`) get a copy each. Full fine-tuning
+    beside the method becomes PEFT's ``modules_to_save``. Tensors are float32.
+
+    Args:
+        folder: where to; what was there before is replaced.
+        adapter: what to write.
+        params: the base's parameters.
+        names: what Hugging Face calls the parameters: `names_of` a model, or a function from a path
+            to one name, or to one a layer where layers are stacked. By default a Llama's.
+        base: name or path of the base model, for ``base_model_name_or_path``.
+        as_lora: everything as plain LoRA without dropout, of one rank (smaller ones filled up with
+            zeros) and with its scale in the factors: for servers, which read ``r`` and
+            ``lora_alpha`` and nothing else.
+        fan_in_fan_out: whether the base stores linear kernels as (in, out), as GPT-2 does.
+        task_type: PEFT's, such as ``"CAUSAL_LM"``, for its ``AutoPeftModel`` classes.
+
+    Raises:
+        UserError: a method that has no such form (SwitchLoRA, ReLoRA, full fine-tuning alone;
+            as LoRA also DoRA and MiSS in mode bat): merge it instead. Kernels that differ in what a
+            PEFT config has one of. A table that the output head shares. A disk that is full.
+    """
+    from safetensors.numpy import save_file
+
+    arrays, settings = convert(
+        adapter, params, names=names, as_lora=as_lora, fan_in_fan_out=fan_in_fan_out
+    )
+    about = {
+        "base_model_name_or_path": base or None,
+        "task_type": task_type,
+        "inference_mode": True,
+    }
+    with new_folder(folder) as temporary:
+        with writing(folder):
+            save_file(arrays, temporary / tensors.FILE, metadata={"format": "pt"})
+        write_json(temporary / config.FILE, {**about, **settings})
+
+
+def convert(
+    adapter: Adapter,
+    params: Mapping[str, Any],
+    *,
+    names: Names | None = None,
+    as_lora: bool = False,
+    fan_in_fan_out: bool = False,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors and the config that `save` writes; arguments and errors as there."""
+    found = places(params, [site.target for site in adapter.sites], names)
+    whole = [site for site in adapter.sites if isinstance(site.method, Full)]
+    if len(whole) == len(adapter.sites):
+        raise UserError("full fine-tuning alone is no adapter, and PEFT has no file for it: merge "
+                        "it into the model (merge, then models.save)")  # fmt: skip
+    if tied := [s.target.path for s in adapter.sites if is_tied(found[s.target.path], params)]:
+        raise UserError(f"{tied[0]} may be the output head too, which PEFT would leave as it was: "
+                        "merge the adapter into the model (merge, then models.save)")  # fmt: skip
+    pieces = _pieces(adapter, found, as_lora)
+    by_module = {module: config.settings(piece.method) for piece in pieces
+                 for module in piece.place.modules}  # fmt: skip
+    settings = config.agreed(by_module)
+    arrays = _arrays(pieces, settings["peft_type"])
+    everything = [name for place in found.values() for name in place.tensors]
+    modules = {module for site in whole for module in found[site.target.path].modules}
+    settings |= {
+        "target_modules": target_modules(list(by_module), family_tree(everything)),
+        "modules_to_save": modules_to_save(modules, by_module, everything) or None,
+        "bias": "none",
+    }
+    if settings["peft_type"] != "MISS":
+        settings["fan_in_fan_out"] = fan_in_fan_out
+    saved = _whole(replace(adapter, sites=tuple(whole)), modules, params, found, fan_in_fan_out)
+    arrays |= {tensors.PREFIX + name: value for name, value in saved.items()}
+    return {name: np.ascontiguousarray(a, np.float32) for name, a in arrays.items()}, settings
+
+
+def _pieces(adapter: Adapter, found: Mapping[str, Place], as_lora: bool) -> list[_Piece]:
+    """The adapted kernels, folded into plain LoRA where PEFT has no such method."""
+    factors, pieces = adapter.factors(), []
+    for site in adapter.sites:
+        path, method = site.target.path, site.method
+        if isinstance(method, Full):
+            continue
+        native = type(method) in LEAVES and (site.target.kind == "linear" or _tables(method))
+        own = (method, factors[path])
+        pieces.append(_Piece(found[path], *own if native and not as_lora else
+                             fold(*own, site.target)))  # fmt: skip
+    if as_lora:
+        rank = max(piece.factors["A"].shape[-1] for piece in pieces)
+        plain = LoRA(rank, alpha=float(rank))
+        pieces = [_Piece(p.place, plain, padded(p.factors, rank)) for p in pieces]
+    return pieces
+
+
+def _tables(method: Method) -> bool:
+    """Whether PEFT adapts embedding tables by this method."""
+    return config.settings(method)["peft_type"] == "LORA"
+
+
+def _arrays(pieces: list[_Piece], peft_type: str) -> dict[str, np.ndarray]:
+    """PEFT's tensors, one by one of stacked layers."""
+    arrays, scales = {}, {}
+    if peft_type == "VERA":
+        shared, scales = vera.shared({p.place.target.path: p.factors for p in pieces})
+        arrays = {f"base_model.{name}": array for name, array in shared.items()}
+    for place, method, factors in pieces:
+        target, n = place.target, len(place.target.lead)
+        for name, leaf in LEAVES[type(method)].items():
+            value = factors[name]
+            if isinstance(method, VeRA) and name == "d":
+                value = value * scales[target.path]
+            each = np.asarray(leaf.there(value))
+            for module, one in zip(place.modules, each.reshape(-1, *each.shape[n:]), strict=True):
+                arrays[tensors.key(module, leaf.name, peft_type, target.kind)] = one
+    return arrays
+
+
+def _whole(
+    adapter: Adapter,
+    modules: set[str],
+    params: Mapping[str, Any],
+    found: Mapping[str, Place],
+    keeps_layout: bool,
+) -> dict[str, np.ndarray]:
+    """The modules of which a parameter is trained whole, with all they hold, by tensor."""
+    flat = flatten(params)
+    trained = {site.target.path: float32(flat[site.target.path]) for site in adapter.sites}
+    values = flatten(merge(unflatten(trained), adapter)) if trained else {}
+    whole = {}
+    for path, place in found.items():
+        if modules.isdisjoint(place.modules):
+            continue
+        if path not in values and len(place.shape) > 1:
+            raise UserError(f"PEFT saves modules whole, and {path} is in one of which another "
+                            "parameter is trained: add it to modules_to_save")  # fmt: skip
+        for name, tensor in place.split(values.get(path, flat[path])).items():
+            if name.rpartition(".")[0] in modules:
+                whole[name] = place.to_torch(tensor, keeps_layout)
+    return whole

@@ -1,0 +1,160 @@
+"""Tensors from a file put in their places, and everything that does not fit in one error."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_mini_jax.adapter import Adapter, draw
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.method import Factors, Method
+from lora_mini_jax.methods import VeRA
+from lora_mini_jax.methods.full import Full
+from lora_mini_jax.peft import vera
+from lora_mini_jax.peft.leaves import LEAVES, tensor_shapes
+from lora_mini_jax.peft.names import Place, is_tied
+from lora_mini_jax.peft.tensors import Tensors, sort
+from lora_mini_jax.plan import Site, check
+from lora_mini_jax.tree import flatten
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a file says of modules: the method of each, whether it must be there, whether its
+    tensors are saved whole, and in which layout."""
+
+    source: str
+    method: Callable[[str], Method]
+    adapts: Callable[[str], bool] = lambda module: False
+    saves: Callable[[str], bool] = lambda tensor: False
+    keeps_layout: bool = False
+
+
+def build(
+    arrays: Mapping[str, np.ndarray],
+    given: Plan,
+    params: Mapping[str, Any],
+    found: Mapping[str, Place],
+) -> Adapter:
+    """The adapter, once everything fits; what does not is one error."""
+    tensors = sort(arrays)
+    sites, wrong = _adapted(tensors, given, found)
+    base = flatten(params)
+    dense, misfits = _saved(tensors, given, found, base)
+    wrong = tensors.wrong + wrong + misfits + _extra(tensors, found)
+    wrong += [f"{path} may be the output head too, which PEFT leaves as it was"
+              for path in [*(s.target.path for s in sites), *dense]
+              if is_tied(found[path], params)]  # fmt: skip
+    if not sites and not wrong:
+        wrong.append("it adapts none of the kernels")
+    if wrong:
+        raise UserError(f"{given.source} does not fit: {'; '.join(wrong)}")
+    sites += [Site(found[path].target, Full()) for path in dense]
+    try:
+        check(sites)
+    except UserError as error:
+        raise UserError(f"{given.source}: {error}") from None
+    drawn = draw(params, tuple(sites), 0)
+    trainable, frozen = {}, dict(drawn.frozen)
+    for site in sites:
+        path, place = site.target.path, found[site.target.path]
+        if path in dense:
+            trainable[path] = {"dense": jnp.asarray(dense[path])}
+            continue
+        trainable[path] = _leaves(tensors, site.method, place)
+        if isinstance(site.method, VeRA):
+            parts = vera.frozen(tensors.shared, place.target.lead, *place.shape)
+            frozen[path] = {name: jnp.asarray(part, jnp.float32) for name, part in parts.items()}
+    return replace(drawn.with_trainable(trainable), frozen=frozen)
+
+
+def _adapted(
+    tensors: Tensors, given: Plan, found: Mapping[str, Place]
+) -> tuple[list[Site], list[str]]:
+    """The sites of a file, and what is wrong with their tensors."""
+    sites, wrong = [], []
+    for path, place in found.items():
+        there = [module for module in place.modules if module in tensors.adapted]
+        due = place.target.kind != "array" and any(map(given.adapts, place.modules))
+        if place.target.kind == "array" or not (there or due):
+            continue
+        methods = {module: given.method(module) for module in there or place.modules}
+        if len(set(methods.values())) > 1:
+            wrong.append(f"{path} stacks layers of different ranks or alphas, which need a model "
+                         "that keeps its layers apart (scan_layers=False)")  # fmt: skip
+            continue
+        method = next(iter(methods.values()))
+        for module in place.modules:
+            wrong += _misfits(tensors, module, method, place)
+        sites.append(Site(place.target, method))
+    return sites, wrong
+
+
+def _misfits(tensors: Tensors, module: str, method: Method, place: Place) -> list[str]:
+    """What is wrong with one module's tensors."""
+    own, wrong = tensors.adapted.get(module, {}), []
+    shapes = tensor_shapes(method, *place.shape)
+    for leaf, shape in shapes.items():
+        if leaf not in own:
+            wrong.append(f"{module}.{leaf} is missing")
+        elif own[leaf].shape != shape:
+            wrong.append(f"{module}.{leaf} is {own[leaf].shape}, not {shape}")
+    wrong += [f"{module}.{leaf} is extra" for leaf in own if leaf not in shapes]
+    if isinstance(method, VeRA):
+        least = {"vera_A": (method.rank, place.shape[0]), "vera_B": (place.shape[1], method.rank)}
+        for name, (rows, columns) in least.items():
+            shape = tensors.shared.get(name, np.zeros((0, 0))).shape
+            if len(shape) != 2 or shape[0] < rows or shape[1] < columns:
+                wrong.append(f"{name} is {shape}, too small for {module}")
+    return wrong
+
+
+def _saved(
+    tensors: Tensors, given: Plan, found: Mapping[str, Place], base: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """What full fine-tuning adds to the base, by path; a mere copy of the base is passed over."""
+    dense, wrong = {}, []
+    for path, place in found.items():
+        due = [name for name in place.tensors if given.saves(name)]
+        if not due and not any(name in tensors.whole for name in place.tensors):
+            continue
+        old, new = place.split(np.asarray(base[path], np.float32)), {}
+        for name in place.tensors:
+            if name not in tensors.whole:
+                wrong += [f"{name} is missing"] if due else []
+                continue
+            tensor = place.from_torch(tensors.whole[name], given.keeps_layout)
+            if tensor is None:
+                wrong.append(f"{name} is {tensors.whole[name].shape}, which does not fit {path}")
+            else:
+                new[name] = np.asarray(tensor, np.float32)
+                if not due and not np.array_equal(new[name], old[name]):
+                    wrong.append(f"{name} is another than the base's, yet not in modules_to_save")
+        if due and place.target.kind == "array" and len(place.shape) > 1:
+            wrong.append(f"{path} is saved whole but is no kernel among the targets: give them all")
+        if due and len(new) == len(place.tensors):
+            dense[path] = place.join(new) - place.join(old)
+    return dense, wrong
+
+
+def _extra(tensors: Tensors, found: Mapping[str, Place]) -> list[str]:
+    """The tensors that belong to nothing here."""
+    modules = {m for place in found.values() if place.target.kind != "array" for m in place.modules}
+    whole = {name for place in found.values() for name in place.tensors}
+    extra = [
+        f"{m}.{leaf}" for m, own in tensors.adapted.items() if m not in modules for leaf in own
+    ]
+    extra += [name for name in tensors.whole if name not in whole]
+    return [f"{name} is extra: no such kernel or parameter" for name in extra]
+
+
+def _leaves(tensors: Tensors, method: Method, place: Place) -> Factors:
+    """The trained leaves of one kernel, its layers stacked again."""
+    found = {}
+    for name, leaf in LEAVES[type(method)].items():
+        stacked = np.stack([tensors.adapted[m][leaf.name] for m in place.modules])
+        each = leaf.back(stacked.astype(np.float32))
+        found[name] = jnp.asarray(each.reshape(*place.target.lead, *each.shape[1:]))
+    return found

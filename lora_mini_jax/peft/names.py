@@ -1,0 +1,145 @@
+"""What Hugging Face calls a parameter: the tensors it is made of there, and their layout."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.selection import OUTPUT_HEADS
+from lora_mini_jax.tree import Target, flatten, parameters
+
+Names = Callable[[str], Sequence[str]]
+"""From a parameter's path to the names of its tensors: one, or one a layer where layers are
+stacked. ``"layers_3/mlp/up_proj/kernel"`` is ``["model.layers.3.mlp.up_proj.weight"]``."""
+
+
+def names_of(model: Any) -> Names:
+    """The names of a model that `models.load` gave.
+
+    Raises:
+        UserError: a model of another kind, whose names only its author knows.
+
+    Example:
+        >>> from lora_mini_jax.models.llama import Llama, LlamaConfig
+        >>> model = Llama(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24,
+        ...                           num_hidden_layers=2, num_attention_heads=4))
+        >>> names_of(model)("layers_1/self_attn/q_proj/kernel")
+        ['model.layers.1.self_attn.q_proj.weight']
+    """
+    from lora_mini_jax.models.families import family_of_module
+
+    try:
+        family = family_of_module(model)
+    except UserError as error:
+        raise UserError(
+            f"{error}; give names, a function from a parameter's path to its names"
+        ) from None
+    return _family_names(family, model.config.num_hidden_layers)
+
+
+def llama_names(params: Mapping[str, Any]) -> Names:
+    """The names for the parameters of a Llama, stacked or not; for where no others are given.
+
+    Raises:
+        UserError: parameters that are not a Llama's.
+    """
+    from lora_mini_jax.models.family import STACK
+    from lora_mini_jax.models.llama import FAMILY
+
+    if "embed_tokens" not in params:
+        raise UserError(
+            f"parameters {', '.join(params)} are not a Llama's: give names, such as "
+            "peft.names_of(model), or a function from a parameter's path to its names"
+        )
+    stacked = flatten(params.get(STACK, {}))
+    return _family_names(FAMILY, len(next(iter(stacked.values()))) if stacked else 0)
+
+
+def _family_names(family: Any, layers: int) -> Names:
+    return lambda path: family.names(tuple(path.split("/")), layers)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One parameter and the tensors it is there, in the order in which they are stacked here."""
+
+    target: Target
+    tensors: tuple[str, ...]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that hold the tensors."""
+        return tuple(name.rpartition(".")[0] for name in self.tensors)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one tensor: ``(in, out)`` for a kernel or a table."""
+        if self.target.kind != "array":
+            return self.target.n_in, self.target.n_out
+        return self.target.shape[1:] if len(self.tensors) > 1 else self.target.shape
+
+    def split(self, value: Any) -> dict[str, np.ndarray]:
+        """The parameter's value as tensors of `shape`."""
+        each = np.asarray(value if self.target.kind == "array" else self.target.matrix(value))
+        return dict(zip(self.tensors, each.reshape(-1, *self.shape), strict=True))
+
+    def join(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The inverse of `split`, as `Target.matrix` has it: ``(*lead, in, out)``."""
+        stacked = np.stack([tensors[name] for name in self.tensors])
+        return stacked.reshape(*self.target.lead, self.target.n_in, self.target.n_out)
+
+    def to_torch(self, tensor: np.ndarray, keeps_layout: bool) -> np.ndarray:
+        """A tensor of `shape` as torch stores it: linear kernels as ``(out, in)``, unless the
+        model keeps ``(in, out)``."""
+        return tensor.T if self.target.kind == "linear" and not keeps_layout else tensor
+
+    def from_torch(self, tensor: np.ndarray, keeps_layout: bool) -> np.ndarray | None:
+        """The inverse of `to_torch`; None for a shape that does not fit.
+
+        A model that keeps ``(in, out)`` may have a head that does not, so the shape decides where
+        it can.
+        """
+        if self.target.kind == "linear" and tensor.shape == self.shape[::-1]:
+            return tensor if keeps_layout and tensor.shape == self.shape else tensor.T
+        return tensor if tensor.shape == self.shape else None
+
+
+def places(
+    params: Mapping[str, Any], targets: Iterable[Target], names: Names | None
+) -> dict[str, Place]:
+    """Every parameter's place, by path.
+
+    Raises:
+        UserError: names that do not fit: two parameters of one name, or as many names as a
+            parameter has no tensors.
+    """
+    names = names or llama_names(params)
+    found = {t.path: Place(t, tuple(names(t.path))) for t in parameters(params, targets)}
+    wrong, owners = [], {}
+    for path, place in found.items():
+        lead = place.target.lead
+        fits = place.target.kind == "array" or int(np.prod(lead)) == len(place.tensors)
+        if not fits or not place.tensors:
+            wrong.append(f"{path} is {lead or 'one'} matrices but has names {place.tensors}")
+        for name in place.tensors:
+            if (other := owners.setdefault(name, path)) != path:
+                wrong.append(f"{path} and {other} are both named {name}")
+    if wrong:
+        raise UserError(f"the names do not fit the parameters: {'; '.join(wrong)}")
+    return found
+
+
+def is_tied(place: Place, params: Mapping[str, Any]) -> bool:
+    """Whether the output head may share this table: a table, in a model whose head has no words of
+    its own. PEFT then adapts the lookup alone, whereas here the head follows its table."""
+    rows = place.shape[0]
+
+    def is_own_head(path: str, leaf: Any) -> bool:
+        names = path.split("/")
+        words = leaf.ndim > 1 and rows in leaf.shape
+        return any(head in names for head in OUTPUT_HEADS) and (words or "lm_head" not in names)
+
+    heads = (is_own_head(path, leaf) for path, leaf in flatten(params).items())
+    return place.target.kind == "embed" and not any(heads)

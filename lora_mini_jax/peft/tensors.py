@@ -1,0 +1,87 @@
+"""The names of tensors in ``adapter_model.safetensors``, written and read."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_mini_jax.errors import UserError
+
+FILE = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+PREFIX = "base_model.model."
+_LEAF = r"lora_embedding_[AB]|lora_[ABE]|lora_magnitude_vector|miss_block|vera_lambda_[bd]"
+# After the leaf comes the adapter's own name, or ``weight``, or both, or neither.
+_TAIL = r"(?:\.(?!weight$)[^.]+)?(?:\.weight)?"
+_ADAPTER = re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.({_LEAF}){_TAIL}")
+_SHARED = re.compile(r"(?:base_model\.)?(vera_[AB])(?:\.[^.]+)?")
+_WRAPPED = re.compile(r"\.(?:modules_to_save\.[^.]+|base_layer)(?=\.[^.]+$)")
+
+
+@dataclass
+class Tensors:
+    """A file's tensors, sorted.
+
+    Attributes:
+        adapted: by module and leaf; those of tables too are called ``lora_A`` and ``lora_B``.
+        whole: parameters of the model itself, by their names there.
+        shared: VeRA's factors.
+        wrong: what is wrong with the keys.
+    """
+
+    adapted: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    whole: dict[str, np.ndarray] = field(default_factory=dict)
+    shared: dict[str, np.ndarray] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+
+
+def key(module: str, leaf: str, peft_type: str, kind: str) -> str:
+    """PEFT's key of a tensor that belongs to an adapted module."""
+    if kind == "embed":
+        leaf = leaf.replace("lora_", "lora_embedding_") if leaf in ("lora_A", "lora_B") else leaf
+    elif peft_type == "LORA" and leaf in ("lora_A", "lora_B"):
+        leaf = f"{leaf}.weight"
+    return f"{PREFIX}{module}.{leaf}"
+
+
+def sort(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """The tensors by module, with or without prefixes and an adapter's name in their keys."""
+    found = Tensors()
+    for name, tensor in tensors.items():
+        if match := _SHARED.fullmatch(name):
+            group, leaf = found.shared, match[1]
+        elif match := _ADAPTER.fullmatch(name):
+            group = found.adapted.setdefault(match[1], {})
+            leaf = match[2].replace("embedding_", "")
+        else:
+            group, leaf = found.whole, _WRAPPED.sub("", name.removeprefix(PREFIX))
+        if leaf in group:
+            found.wrong.append(f"{name} is there twice, or of a second adapter")
+        elif not jnp.issubdtype(tensor.dtype, jnp.floating):
+            found.wrong.append(f"{name} is {tensor.dtype}, not a float")
+        group[leaf] = np.asarray(tensor)
+    return found
+
+
+def read(folder: Path) -> dict[str, np.ndarray]:
+    """The tensors in a folder.
+
+    Raises:
+        UserError: no such file, a damaged one, or only a pickle, which could run anything.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = folder / FILE
+    if not path.is_file():
+        if (folder / PICKLE).is_file():
+            raise UserError(f"{folder} has only {PICKLE}, which is a pickle and never read: load "
+                            "it with PEFT and save it again, as safetensors")  # fmt: skip
+        raise UserError(f"no such file: {path}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): fetch it again") from None

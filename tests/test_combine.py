@@ -1,0 +1,148 @@
+"""Adapters combined: PEFT's results where PEFT has them, and the same meaning for other methods."""
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_mini_jax import Adapter, LoRA, LoRAMini, Target, UserError, count, init, merge
+from lora_mini_jax.combination import combine
+from lora_mini_jax.methods import DoRA, Full, LoRAXS, MiSS
+from tests.cases import draws, randomised, setup
+
+TARGET = Target("up/kernel", (12, 10))
+PARAMS = {"up": {"kernel": draws(jnp.zeros((12, 10)))}}
+WEIGHTS = (0.7, -0.4)
+
+
+def update(adapter: Adapter) -> np.ndarray:
+    """The dense update that an adapter is."""
+    return np.asarray(merge(PARAMS, adapter)["up"]["kernel"] - PARAMS["up"]["kernel"])
+
+
+@cache
+def pair(alphas: tuple[float, float] = (6.0, 1.5)) -> list[Adapter]:
+    """Two trained LoRAs of rank 3 with different scales."""
+    return [randomised(init(PARAMS, LoRA(3, alpha=alpha), [TARGET], i), 0.4, i)
+            for i, alpha in enumerate(alphas)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Any:
+    """``peft(how, **kwargs)``: the update that real PEFT combines the same two adapters to."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    base = torch.nn.Sequential()
+    base.add_module("up", torch.nn.Linear(12, 10, bias=False))
+    model: Any = None
+    for name, adapter in zip("xy", pair(), strict=True):
+        method: Any = adapter.sites[0].method
+        config = peft.LoraConfig(r=3, lora_alpha=method.alpha, target_modules="up")
+        if model is None:
+            model = peft.PeftModel(base, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+        leaves = adapter.trainable[TARGET.path]
+        layer = model.base_model.model.up
+        layer.lora_A[name].weight.data = torch.tensor(np.asarray(leaves["A"].T))
+        layer.lora_B[name].weight.data = torch.tensor(np.asarray(leaves["B"].T))
+
+    def combined(how: str, **kwargs: Any) -> np.ndarray:
+        name = f"{how} {kwargs}".replace(".", "")
+        model.add_weighted_adapter(["x", "y"], list(WEIGHTS), name, how, **kwargs)
+        return model.base_model.model.up.get_delta_weight(name).detach().numpy().T
+
+    return combined
+
+
+@pytest.mark.parametrize("majority", ["total", "frequency"])
+@pytest.mark.parametrize(
+    "how", ["linear", "cat", "svd", "ties", "ties_svd", "magnitude_prune", "magnitude_prune_svd"]
+)
+def test_equal_to_peft(oracle: Any, how: Any, majority: Any) -> None:
+    density: Any = {"density": 0.6} if "ties" in how or "prune" in how else {}
+    if majority == "frequency" and "ties" not in how:
+        pytest.skip("there is no vote")
+    peft_names = {"majority_sign_method": majority} if "ties" in how else {}
+    wanted = oracle(how, **density, **peft_names)
+    found = combine(pair(), WEIGHTS, PARAMS, how, majority=majority, **density)
+    np.testing.assert_allclose(update(found), wanted, rtol=1e-4, atol=1e-5)
+    assert np.abs(wanted).max() > 0.05
+
+
+@pytest.mark.parametrize("how", ["dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"])
+def test_dare_keeps_a_share_and_the_mean(how: Any) -> None:
+    two = pair()
+    plain = how.removeprefix("dare_").replace("linear_svd", "svd")
+    same = {seed: combine(two, WEIGHTS, PARAMS, how, density=1.0, seed=seed) for seed in (0, 1)}
+    whole = combine(two, WEIGHTS, PARAMS, plain, density=1.0)
+    for found in same.values():
+        np.testing.assert_allclose(update(found), update(whole), atol=1e-5)
+    if how == "dare_linear":
+        alone = [combine(two[:1], [1.0], PARAMS, how, density=0.5, seed=i) for i in range(60)]
+        lefts = np.stack([np.asarray(one.trainable[TARGET.path]["A"]) for one in alone])
+        left = np.asarray(two[0].trainable[TARGET.path]["A"]) * 2**0.5  # the root of its scale
+        assert abs((lefts == 0).mean() - 0.5) < 0.05
+        np.testing.assert_allclose(lefts[lefts != 0], np.broadcast_to(2 * left, lefts.shape)[
+            lefts != 0], rtol=1e-5)  # fmt: skip
+    draws = [update(combine(two, WEIGHTS, PARAMS, how, seed=seed)) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert np.abs(draws[0] - draws[2]).max() > 0.01
+
+
+def test_any_methods_of_stacked_kernels_add_up() -> None:
+    at = setup()
+    targets = [t for t in at.targets if t.lead][:3]
+    methods = (LoRAMini(rank=2, a=4, b=4), DoRA(rank=2), MiSS(rank=3), LoRAXS(rank=2))
+    own = [randomised(init(at.params, m, targets, i), seed=i) for i, m in enumerate(methods)]
+    weights = [0.5, -1.0, 2.0, 0.25]
+    found = combine(own, weights, at.params, "svd", rank=8)
+    thin = combine(own[::2], weights[::2], at.params, "cat")
+    for adapter, part, parts, tolerance in ((found, own, weights, 0.35),
+                                            (thin, own[::2], weights[::2], 1e-4)):  # fmt: skip
+        got, base = merge(at.params, adapter), at.params
+        merged = [merge(base, each) for each in part]
+
+        def distance(got: Any, base: Any, *merged: Any, parts: Any = parts) -> float:
+            wanted = sum(w * (m - base) for w, m in zip(parts, merged, strict=True))
+            return float(jnp.linalg.norm(got - base - wanted) / (1e-9 + jnp.linalg.norm(wanted)))
+
+        errors = jax.tree.leaves(jax.tree.map(distance, got, base, *merged))
+        assert max(errors) < tolerance
+    assert count(thin) > 0
+    assert {site.method.name for site in found.sites} == {"lora"}
+
+
+def test_a_kernel_that_one_adapter_lacks_is_combined_from_the_others() -> None:
+    other = Target("down/kernel", (10, 12))
+    params = {**PARAMS, "down": {"kernel": jnp.ones((10, 12))}}
+    first = pair()[0]
+    second = randomised(init(params, LoRA(2, alpha=2.0), [other]))
+    found = combine([first, second], [1.0, 0.5], params, "cat")
+    merged, alone = merge(params, found), merge(params, second)
+    np.testing.assert_allclose(
+        merged["up"]["kernel"], merge(PARAMS, first)["up"]["kernel"], atol=1e-5
+    )
+    np.testing.assert_allclose(
+        merged["down"]["kernel"], 0.5 * (alone["down"]["kernel"] + 1), atol=1e-5
+    )
+
+
+def test_what_cannot_be_combined_says_why() -> None:
+    two, whole = pair(), init(PARAMS, Full(), [TARGET])
+    bat = randomised(init(PARAMS, MiSS(rank=2, mode="bat"), [TARGET]))
+    wider = init(PARAMS, LoRA(4), [TARGET])
+    refused: Any = combine
+    cases: Any = (
+        ((two, [1.0]), {}, "2 adapters with 1 weights"),
+        ((two, WEIGHTS), {"density": 1.5}, "density 1.5"),
+        ((two, WEIGHTS), {"how": "sum"}, "how"),
+        (([*two[:1], whole], WEIGHTS), {}, "up/kernel is trained whole"),
+        (([*two[:1], bat], WEIGHTS), {"how": "cat"}, "mode bat is no product of thin matrices"),
+        (([*two[:1], wider], WEIGHTS), {"how": "ties"}, r"needs equal ranks, not \[3, 4\]"),
+    )
+    for given, kwargs, words in cases:
+        with pytest.raises(UserError, match=words):
+            refused(*given, PARAMS, **kwargs)
