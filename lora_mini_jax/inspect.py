@@ -48,6 +48,7 @@ def inspect(options: Inspect) -> Report:
         "trainable": trainable,
         "trainable_share": trainable / total,
         "frozen_outer": sum(leaf.size for leaf in jax.tree.leaves(adapter.frozen)),
+        "frozen_saved": sum(_saved(site, adapter) for site in sites),
         "optimizer_bytes": optimizer_bytes(adapter.trainable),
         "full_optimizer_bytes": optimizer_bytes(params),
         "step_gflop": step / 1e9,
@@ -66,6 +67,12 @@ def kernel(site: Site, adapter: Adapter) -> Report:
         "frozen": sum(leaf.size for leaf in adapter.frozen[path].values()),
         "settings": _sizes(site),
     }
+
+
+def _saved(site: Site, adapter: Adapter) -> int:
+    """Numbers of a kernel's frozen leaves that a saved adapter holds."""
+    leaves, method = adapter.frozen[site.target.path], site.method
+    return sum(leaves[name].size for name in method.stored - method.scratch)
 
 
 def _sizes(site: Site) -> Report:
@@ -136,7 +143,8 @@ def text(report: Report) -> str:
         *(f"method            {method}" for method in report["methods"]),
         f"kernels           {len(report['kernels'])}",
         f"trained           {report['trainable']:,} of {total:,} ({share:.3%})",
-        f"frozen outer      {report['frozen_outer']:,} (drawn again from the key, not saved)",
+        f"frozen outer      {report['frozen_outer']:,} (saved with the adapter: "
+        f"{report['frozen_saved']:,}; the others are drawn again from the key)",
         f"optimizer state   {report['optimizer_bytes']:,} bytes "
         f"(full fine-tuning: {report['full_optimizer_bytes']:,})",
         f"products a step   {report['step_gflop']:.2f} GFLOP at {tokens:,} tokens "

@@ -64,6 +64,7 @@ def test_inspect_lists_every_kernel_and_writes_nothing(place, capsys):
     assert report["trainable"] == 7 * 2 * 16 == sum(k["trained"] for k in report["kernels"])
     assert report["optimizer_bytes"] == 4 * (2 * report["trainable"] + 1)
     assert report["step_gflop"] < report["full_step_gflop"]
+    assert report["frozen_saved"] == 0 < report["frozen_outer"]
     main(["inspect", "--model", str(model), "--rank", "2", "--a", "8", "--b", "8"])
     assert "layers_0/mlp/up_proj/kernel" in capsys.readouterr().out
     assert sorted(place.rglob("*")) == before
@@ -244,3 +245,11 @@ def test_merging_into_a_folder_in_use_is_refused(place, capsys):
     argv = ["merge", "--model", place / "model", "--adapter", place / "run" / "adapter"]
     assert "precious" in refused(capsys, *argv, "--output-dir", place / "precious")
     assert (place / "precious" / "d.jsonl").read_text() == "keep"
+
+
+def test_inspect_counts_the_frozen_factors_that_are_saved(place, capsys):
+    model = ["--model", str(place / "model"), "--method", "lora-mini-diag", "--rank", "4", "--json"]
+    main(["inspect", *model])
+    report = json.loads(capsys.readouterr().out)
+    assert report["frozen_saved"] == report["frozen_outer"] > 0
+    assert report["trainable"] == 7 * 4
