@@ -43,7 +43,7 @@ def demo(options: Demo, say: Log = print) -> list[Row]:
             seeds=(0,),
             max_length=256,
             batch_size=8,
-            max_steps=80,
+            max_steps=options.steps,
             overlong="truncate",
         ),
         say,

@@ -1,16 +1,14 @@
 """Any update that is a product of thin matrices, as a plain LoRA."""
 
-from functools import partial, reduce
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.low_rank import Product
 from lora_mini_jax.method import Factors, Method
-from lora_mini_jax.methods import LoRA, MiSS
-from lora_mini_jax.methods.diffora import DiffoRA
-from lora_mini_jax.tree import Target, float32, over_lead
+from lora_mini_jax.methods import LoRA
+from lora_mini_jax.tree import Target, over_lead
 
 
 def fold(method: Method, factors: Factors, target: Target) -> tuple[LoRA, Factors]:
@@ -41,32 +39,11 @@ def padded(factors: Factors, rank: int) -> Factors:
 
 
 def _thin(method: Method, target: Target, factors: Factors) -> tuple[jax.Array, jax.Array]:
-    """One matrix's update as ``(in, r) @ (r, out)``, in float32."""
-    if isinstance(method, DiffoRA):
-        left, right = _thin(method.inner, target, factors)
-        return left, method.opening(factors) * right
-    if isinstance(method, MiSS) and method.mode != "bat":
-        rows = jax.nn.one_hot(jnp.arange(target.n_in) % method.rank, method.rank)
-        d = factors["D"]
-        return rows, jnp.tile(d, (1, target.n_out // d.shape[1]))
-    if not (isinstance(method, Product) and _is_its_chain(type(method))):
-        raise UserError(_refusal(method))
-    chain = [float32(matrix) for matrix in method.chain(factors)]
-    widths = [matrix.shape[1] for matrix in chain[:-1]]
-    cut = 1 + widths.index(min(widths))
-    with jax.default_matmul_precision("highest"):
-        return reduce(jnp.matmul, chain[:cut]), reduce(jnp.matmul, chain[cut:])
-
-
-def _is_its_chain(kind: type[Product]) -> bool:
-    """Whether the whole update is the product of the chain: no dense part, no gain."""
-    return kind.update is Product.update and kind.merge is Product.merge
-
-
-def _refusal(method: Method) -> str:
-    mode = " in mode bat" if isinstance(method, MiSS) else ""
-    return (
-        f"the update of {method.name}{mode} is no product of thin matrices, so no LoRA equals it: "
-        "merge it into the model (merge, then models.save), or for PEFT leave out as_lora where it "
-        "has the method"
-    )
+    found = method.thin(factors, target.n_in, target.n_out)
+    if found is None:
+        raise UserError(
+            f"the update of {method.name}, {method}, is no product of thin matrices, so no LoRA "
+            "equals it: merge it into the model (merge, then models.save), or for PEFT leave out "
+            "as_lora where it has the method"
+        )
+    return found

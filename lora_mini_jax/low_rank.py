@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import ClassVar
 
 import jax
@@ -59,6 +60,16 @@ class Product(Method):
         if self.rank > min(n_in, n_out):
             return [f"rank {self.rank} exceeds min(in, out) = {min(n_in, n_out)}"]
         return []
+
+    def thin(self, factors: Factors, n_in: int, n_out: int) -> tuple[jax.Array, jax.Array] | None:
+        kind = type(self)
+        if kind.update is not Product.update or kind.merge is not Product.merge:
+            return None  # there is more to it than the chain: a dense part, a gain
+        chain = [float32(matrix) for matrix in self.chain(factors)]
+        widths = [matrix.shape[1] for matrix in chain[:-1]]
+        cut = 1 + widths.index(min(widths))
+        with jax.default_matmul_precision("highest"):
+            return reduce(jnp.matmul, chain[:cut]), reduce(jnp.matmul, chain[cut:])
 
     def update(self, factors: Factors) -> jax.Array:
         """The product of the chain ``(in, out)``, in float32."""

@@ -119,6 +119,10 @@ class Method(ABC):
         one_hot = jax.nn.one_hot(ids, kernel.shape[0], dtype=jnp.float32)
         return self.delta(one_hot, kernel, factors)
 
+    def thin(self, factors: Factors, n_in: int, n_out: int) -> tuple[jax.Array, jax.Array] | None:
+        """The whole update as ``(in, r) @ (r, out)``, float32; None where it is no such product."""
+        return None
+
     def from_data(self, kernel: jax.Array, gradient: jax.Array, moment: jax.Array) -> Factors:
         """All frozen leaves, from the kernel, its gradient ``(in, out)`` and the second moment of
         its inputs ``(in, in)``, both of some batches; for methods that `needs_data`."""

@@ -140,7 +140,7 @@ def test_what_cannot_be_combined_says_why() -> None:
         ((two, WEIGHTS), {"density": 1.5}, "density 1.5"),
         ((two, WEIGHTS), {"how": "sum"}, "how"),
         (([*two[:1], whole], WEIGHTS), {}, "up/kernel is trained whole"),
-        (([*two[:1], bat], WEIGHTS), {"how": "cat"}, "mode bat is no product of thin matrices"),
+        (([*two[:1], bat], WEIGHTS), {"how": "cat"}, "mode='bat'.* is no product of thin matrices"),
         (([*two[:1], wider], WEIGHTS), {"how": "ties"}, r"needs equal ranks, not \[3, 4\]"),
     )
     for given, kwargs, words in cases:

@@ -445,10 +445,10 @@ def test_a_folder_that_cannot_be_read_says_why(case: str, tiny: World, tmp_path:
 
 
 REFUSED = {
-    "switchlora": (SwitchLoRA(2), False, "switchlora is no product of thin .*merge it"),
-    "relora": (ReLoRA(2), True, "relora is no product .*: merge it"),
-    "bat as LoRA": (MiSS(4, mode="bat"), True, "miss in mode bat .*leave out as_lora"),
-    "dora as LoRA": (DoRA(2), True, "dora is no product of .*leave out as_lora"),
+    "switchlora": (SwitchLoRA(2), False, "switchlora, .* is no product of thin .*merge it"),
+    "relora": (ReLoRA(2), True, "relora, .* is no product .*: merge it"),
+    "bat as LoRA": (MiSS(4, mode="bat"), True, "miss, .*mode='bat'.*leave out as_lora"),
+    "dora as LoRA": (DoRA(2), True, "dora, .* is no product of .*leave out as_lora"),
     "full": (Full(), False, "full fine-tuning alone .*merge"),
 }
 

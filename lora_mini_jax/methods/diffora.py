@@ -80,10 +80,8 @@ class DiffoRA(Method):
 
     def _check_inner(self) -> None:
         if not isinstance(self.inner, Method):
-            raise UserError(
-                f"{self.name} needs an inner method, which adapts the chosen kernels, not "
-                f"{self.inner!r}: --inner lora-mini, or --inner 'lora(rank=4)'"
-            )
+            raise UserError(f"{self.name} needs an inner method for the chosen kernels, not "
+                            f"{self.inner!r}: --inner lora-mini, or 'lora(rank=4)'")  # fmt: skip
         name, mine = self.inner.name, type(self.inner)
         if own := [hook for hook in HOOKS if getattr(mine, hook) is not getattr(Method, hook)]:
             raise UserError(f"{self.name} cannot gate {name}, which has a {', '.join(own)} of its "
@@ -128,6 +126,10 @@ class DiffoRA(Method):
     def n_trainable(self, n_in: int, n_out: int) -> int:
         return self.inner.n_trainable(n_in, n_out) + 1
 
+    def thin(self, factors: Factors, n_in: int, n_out: int) -> tuple[jax.Array, jax.Array] | None:
+        inner = self.inner.thin(factors, n_in, n_out)
+        return inner and (inner[0], self.opening(factors) * inner[1])
+
     def sized(self, size: int, n_in: int, n_out: int) -> Method:
         return replace(self, inner=self.inner.sized(size, n_in, n_out))
 
@@ -139,8 +141,7 @@ class DiffoRA(Method):
 
     def with_settings(self, settings: Mapping[str, Any]) -> Self:
         own = {n: v for n, v in settings.items() if n in self.field_names() and n != "dropout"}
-        rest = {n: v for n, v in settings.items() if n not in own}
-        inner = self.inner.with_settings(rest)
+        inner = self.inner.with_settings({n: v for n, v in settings.items() if n not in own})
         return replace(self, **{"inner": inner, **self.checked(own)}, dropout=0.0)
 
     def _update(self, kernel: jax.Array, factors: Factors) -> jax.Array:

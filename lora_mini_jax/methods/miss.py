@@ -88,6 +88,11 @@ class MiSS(Method):
     def n_trainable(self, n_in: int, n_out: int) -> int:
         return self.rank * (self.mini_rank if self.mode == "mini" else n_out)
 
+    def thin(self, factors: Factors, n_in: int, n_out: int) -> tuple[jax.Array, jax.Array] | None:
+        rows = jax.nn.one_hot(jnp.arange(n_in) % self.rank, self.rank)
+        d = factors["D"]
+        return None if self.mode == "bat" else (rows, jnp.tile(d, (1, n_out // d.shape[1])))
+
     def sized(self, size: int, n_in: int, n_out: int) -> Method:
         return replace(self, rank=size)
 

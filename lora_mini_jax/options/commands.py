@@ -12,6 +12,8 @@ class Demo:
 
     output_dir: str = "runs/demo"
     """Where the runs, the table and the report go."""
+    steps: int = 80
+    """Updates of each of the two runs."""
 
 
 @dataclass(frozen=True)
