@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.method import Factors, Method, fold_path
+from lora_mini_jax.method import Factors, Method, fold_path, split_key
 from lora_mini_jax.plan import Site, by_method, plan
 from lora_mini_jax.tree import Target, matrices, over_lead
 
@@ -142,8 +142,5 @@ def _draw_one(method: Method, key: jax.Array, kernels: jax.Array) -> tuple[Facto
     """The leaves of one site, a matrix at a time. Compiled always, so that drawing them again gives
     the same bits: what XLA fuses rounds differently from the same operations one by one."""
     lead = kernels.shape[:-2]
-    if method.shares_draw:
-        keys = jnp.broadcast_to(key, lead)
-    else:
-        keys = jax.random.split(key, lead) if lead else key
+    keys = jnp.broadcast_to(key, lead) if method.shares_draw else split_key(key, lead)
     return over_lead(method.init, len(lead))(keys, kernels)

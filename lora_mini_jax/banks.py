@@ -56,8 +56,12 @@ class Bank:
             if which not in self.names:
                 raise UserError(f"no adapter {which!r}: choose from {', '.join(self.names)}")
             which = self.names.index(which)
+        return self._adapter(*self._own(which))
+
+    def _own(self, which: int | jax.Array) -> tuple[Leaves, Leaves, jax.Array]:
+        """The leaves and keys that adapters do not share, of one adapter or of several."""
         stacked = (self.trainable, self.frozen, self.keys)
-        return self._adapter(*jax.tree.map(lambda leaf: leaf[which], stacked))
+        return jax.tree.map(lambda leaf: leaf[which], stacked)
 
     def _adapter(self, trainable: Leaves, frozen: Leaves, key: jax.Array) -> Adapter:
         both = {path: {**leaves, **frozen[path]} for path, leaves in self.common.items()}
@@ -82,24 +86,24 @@ def bank(adapters: Mapping[str, Adapter]) -> Bank:
     if not adapters:
         raise UserError("a bank needs at least one adapter")
     first, *others = adapters.values()
-    for name, other in list(adapters.items())[1:]:
+    for name, other in adapters.items():
         if other.sites != first.sites:
             raise UserError(
                 f"adapter {name!r} has other kernels or methods than {next(iter(adapters))!r}: a "
                 "bank holds adapters of one kind"
             )
-    stack = partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
     frozen: Leaves = {}
     common: Leaves = {}
     for path, leaves in first.frozen.items():
         frozen[path], common[path] = {}, {}
         for name, leaf in leaves.items():
-            all_leaves = [leaf, *(other.frozen[path][name] for other in others)]
-            if all(jnp.array_equal(leaf, each) for each in all_leaves):
+            theirs = [other.frozen[path][name] for other in others]
+            if all(jnp.array_equal(leaf, each) for each in theirs):
                 common[path][name] = leaf
             else:
-                frozen[path][name] = jnp.stack(all_leaves)
-    trainable = stack(*(adapter.trainable for adapter in adapters.values()))
+                frozen[path][name] = jnp.stack([leaf, *theirs])
+    each = (adapter.trainable for adapter in adapters.values())
+    trainable = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
     keys = jnp.stack([adapter.key for adapter in adapters.values()])
     return Bank(trainable, frozen, common, keys, first.sites, tuple(adapters))
 
@@ -131,15 +135,12 @@ def mixed(apply: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def call(params: Any, bank: Bank, ids: jax.Array, *inputs: Any, **kwargs: Any) -> Any:
-        stacked = (bank.trainable, bank.frozen, bank.keys)
-        own = jax.tree.map(lambda leaf: leaf[ids], stacked)
-
         def row(own: Any, *inputs: Any) -> Any:
             one = [None if x is None else x[None] for x in inputs]
             y = apply(params, bank._adapter(*own), *one, **kwargs)
             return jax.tree.map(lambda leaf: leaf[0], y)
 
         axes = [None if x is None else 0 for x in inputs]
-        return jax.vmap(row, in_axes=(0, *axes))(own, *inputs)
+        return jax.vmap(row, in_axes=(0, *axes))(bank._own(ids), *inputs)
 
     return call

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lora_mini_jax.adapter import Adapter, as_key
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.method import fold_path
+from lora_mini_jax.method import fold_path, split_key
 from lora_mini_jax.plan import Site
 from lora_mini_jax.selection import listing
 from lora_mini_jax.tree import check_fit, flatten, over_lead, unflatten
@@ -106,7 +106,7 @@ def _dropout(site: Site, key: Array | None) -> dict[str, Array]:
         return {}
     own = fold_path(as_key(key), site.target.path)
     stack = site.target.shape[: site.target.stack]
-    return {DROPOUT: jax.random.key_data(jax.random.split(own, stack) if stack else own)}
+    return {DROPOUT: jax.random.key_data(split_key(own, stack))}
 
 
 def _dropped(x: Array, rate: float, key: Array) -> Array:

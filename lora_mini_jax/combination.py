@@ -16,11 +16,11 @@ from lora_mini_jax.checks import require_choice, require_number, require_whole
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.folding import fold
 from lora_mini_jax.low_rank import top_singular
-from lora_mini_jax.method import Factors, fold_path
+from lora_mini_jax.method import Factors, fold_path, split_key
 from lora_mini_jax.methods import LoRA
 from lora_mini_jax.methods.full import Full
 from lora_mini_jax.plan import Site, check
-from lora_mini_jax.tree import Target, float32, matrices, over_lead
+from lora_mini_jax.tree import Target, check_fit, flatten, float32, over_lead
 
 How = Literal["linear", "cat", "ties", "dare_linear", "dare_ties", "magnitude_prune", "svd",
               "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"]  # fmt: skip
@@ -72,12 +72,13 @@ def combine(
             "weight for each of at least one adapter, and a density above 0, at most 1"
         )
     mix = partial(_mixed, how.removesuffix("_svd"), density, majority)
-    kernels = matrices(params, [site.target for adapter in adapters for site in adapter.sites])
+    check_fit(params, [site.target for adapter in adapters for site in adapter.sites])
+    flat = flatten(params)
     key, sites, trainable = as_key(seed), [], {}
     for path, own in _by_path(adapters, weights).items():
         target, stream = own[0][0].target, fold_path(key, path)
         if how.endswith("svd"):
-            found = _fitted(own, kernels[path], mix, stream, rank)
+            found = _fitted(own, target.matrix(flat[path]), mix, stream, rank)
         else:
             found = _factorwise(own, how, mix, stream)
         width = found["A"].shape[-1]
@@ -110,8 +111,8 @@ def _fitted(own: Own, kernel: jax.Array, mix: Any, key: jax.Array, rank: int | N
     ranks = [getattr(site.method, "rank", None) for site, _, _ in own]
     known = [each for each in ranks if each is not None]
     if rank is None and not known:
-        raise UserError(f"{target.path}: {own[0][0].method.name} has no rank: give --rank")
-    width = min(rank or max(known), target.n_in, target.n_out)
+        raise UserError(f"{target.path}: {own[0][0].method.name} has no rank: give rank")
+    width = min(max(known) if rank is None else rank, target.n_in, target.n_out)
     require_whole("rank", width)
     updates = jnp.stack([_update(site, kernel, factors) for site, factors, _ in own])
     weights = jnp.asarray([weight for *_, weight in own])
@@ -121,7 +122,7 @@ def _fitted(own: Own, kernel: jax.Array, mix: Any, key: jax.Array, rank: int | N
         return {"A": left, "B": values[:, None] * right}
 
     lead = target.lead
-    return over_lead(fit, len(lead))(_keys(key, lead), *updates)
+    return over_lead(fit, len(lead))(split_key(key, lead), *updates)
 
 
 def _update(site: Site, kernel: jax.Array, factors: Factors) -> jax.Array:
@@ -153,7 +154,7 @@ def _factorwise(own: Own, how: How, mix: Any, key: jax.Array) -> Factors:
         return {"A": mix(first, lefts, signs * roots), "B": mix(second, rights, roots)}
 
     flat = [factor for left, right, *_ in pieces for factor in (left, right)]
-    return over_lead(each, len(lead))(_keys(key, lead), *flat)
+    return over_lead(each, len(lead))(split_key(key, lead), *flat)
 
 
 def _thin(site: Site, factors: Factors, target: Target) -> tuple[jax.Array, jax.Array, float]:
@@ -163,10 +164,6 @@ def _thin(site: Site, factors: Factors, target: Target) -> tuple[jax.Array, jax.
         return factors["A"], factors["B"], site.method.scale
     _, folded = fold(site.method, factors, target)
     return folded["A"], folded["B"], 1.0
-
-
-def _keys(key: jax.Array, lead: tuple[int, ...]) -> jax.Array:
-    return jax.random.split(key, lead) if lead else key
 
 
 def _mixed(

@@ -6,7 +6,7 @@ from typing import Any
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import write_json
 from lora_mini_jax.finetune import Log, finetune
-from lora_mini_jax.models.hub import load_abstract
+from lora_mini_jax.models.hub import load_module
 from lora_mini_jax.options import Compare, to_json
 from lora_mini_jax.report import compare_report, label, table_row, table_text
 from lora_mini_jax.runs import RunFolder
@@ -52,7 +52,7 @@ def compare(options: Compare, say: Log = print, title: str = "Comparison") -> li
 
 def check_plans(options: Compare) -> None:
     """Whether every method can adapt the model as it is told to, before the first is trained."""
-    model, _ = load_abstract(options.model)
+    model = load_module(options.model)
     for spec in options.methods:
         try:
             planned_sites(options.run_options(spec, options.seeds[0]), model)

@@ -16,7 +16,7 @@ from lora_mini_jax.adapter import Adapter, draw
 from lora_mini_jax.data import token_loss
 from lora_mini_jax.flops import dot_flops
 from lora_mini_jax.methods import METHODS
-from lora_mini_jax.models.hub import load_abstract
+from lora_mini_jax.models.hub import load_module
 from lora_mini_jax.options import Inspect
 from lora_mini_jax.plan import Site
 from lora_mini_jax.task import planned_sites
@@ -31,7 +31,7 @@ def inspect(options: Inspect) -> Report:
     Raises:
         UserError: a model that cannot be read, or kernels that the method cannot adapt.
     """
-    model, _ = load_abstract(options.model)
+    model = load_module(options.model)
     sites = planned_sites(options, model)
     tokens = jax.ShapeDtypeStruct((options.batch_size, options.max_length), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]

@@ -26,6 +26,7 @@ from lora_mini_jax.views import (
     dense_general,
     einsum,
     embed,
+    target_of,
     transposed_dense,
     view_of,
 )
@@ -80,16 +81,8 @@ def targets(
         )
 
     def record(module: nn.Module, path: str, view: View) -> None:
-        shape = tuple(flat[path].shape)
         seen = tuple(module.get_variable("params", view.leaf).shape)
-        stack = len(shape) - len(seen)
-        if shape[stack:] != seen:
-            raise UserError(
-                f"{path} {shape} is used as {seen}: only kernels stacked along axis 0 can be "
-                "adapted; use variable_axes={'params': 0}"
-            )
-        target = Target(path, shape, stack, view.batch, view.ins, view.outs, view.kind)
-        found.setdefault(path, target)
+        found.setdefault(path, target_of(path, tuple(flat[path].shape), seen, view))
 
     def interceptor(next_call: Callable, args: tuple, kw: dict, context: Any) -> Any:
         call = view_of(context, args, kw, all_rules)

@@ -8,7 +8,6 @@ calls are adapted. Factors are variables of the layer, of the kernel's own kind,
 Not imported by ``import lora_mini_jax``: write ``from lora_mini_jax import nnx``.
 """
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from flax import nnx
 
 from lora_mini_jax import beside, views
 from lora_mini_jax.adapter import Adapter
-from lora_mini_jax.errors import UserError
 from lora_mini_jax.tree import Target, flatten, unflatten
 from lora_mini_jax.views import Rule, Rules, View
 
@@ -101,17 +99,9 @@ def targets(
     found: dict[str, Target] = {}
 
     def record(module: Any, path: str, view: View, y: Any) -> Any:
-        if path not in shapes:
-            return y
-        shape, seen = shapes[path], tuple(getattr(module, view.leaf).shape)
-        stack = len(shape) - len(seen)
-        if shape[stack:] != seen:
-            raise UserError(
-                f"{path} {shape} is used as {seen}: only kernels stacked along axis 0 can be "
-                "adapted"
-            )
-        target = Target(path, shape, stack, view.batch, view.ins, view.outs, view.kind)
-        found.setdefault(path, target)
+        if path in shapes:
+            seen = tuple(getattr(module, view.leaf).shape)
+            found.setdefault(path, views.target_of(path, shapes[path], seen, view))
         return y
 
     def call(state: nnx.State, *inputs: Any) -> Any:
@@ -196,9 +186,7 @@ class _Watch:
     act: Callable[[Any, str, View, Any], Any]
 
     def __call__(self, module: Any, method: str, args: tuple, kw: dict, y: Any) -> Any:
-        bound = inspect.signature(getattr(self.known, method)).bind(module, *args, **kw)
-        bound.apply_defaults()
-        view = self.rule(module, method, bound.args[1:])
+        view = views.view_by(self.rule, getattr(self.known, method), module, method, args, kw)
         if view is None:
             return y
         return self.act(module, f"{self.module}/{view.leaf}".removeprefix("/"), view, y)
@@ -216,12 +204,12 @@ def _watch(
         layer: Any = model
         for part in path[:-1]:
             layer = getattr(layer, part) if isinstance(part, str) else layer[part]
-        known = next((c for c in type(layer).__mro__ if c in rules), None)
-        if known is None:
+        known, rule = views.rule_of(type(layer), rules)
+        if rule is None:
             continue
         if not hasattr(layer, "adapter_watch"):
             layer.__class__ = _watched(type(layer), known)
-            layer.adapter_watch = _Watch(_name(path[:-1]), known, rules[known], act)
+            layer.adapter_watch = _Watch(_name(path[:-1]), known, rule, act)
         own = (factors or {}).get(_name(path), {})
         beside_it = {name: type(variable)(leaf) for name, leaf in own.items()}
         setattr(layer, str(path[-1]) + beside.SUFFIX, nnx.Dict(beside_it))

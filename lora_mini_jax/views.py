@@ -9,6 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.tree import Target
+
 
 @dataclass(frozen=True)
 class View:
@@ -121,22 +124,57 @@ RULES: Rules = {
 def view_of(context: Any, args: tuple, kw: dict, rules: Rules) -> tuple[str, View] | None:
     """The path of the kernel this call uses, and its view; None for a call of no known layer."""
     module = context.module
-    rule = next((r for r in (_lookup(rules, c) for c in type(module).__mro__) if r), None)
+    _, rule = rule_of(type(module), rules)
     if rule is None or module.scope is None:
         return None
     method = getattr(type(module), context.method_name, None)
     if method is None:
         return None  # the outer shell of a lifted layer, nn.vmap(nn.Dense); the layer is inside
-    bound = inspect.signature(method).bind(module, *args, **kw)
-    bound.apply_defaults()
-    view = rule(module, context.method_name, bound.args[1:])
+    view = view_by(rule, method, module, context.method_name, args, kw)
     if view is None or not module.has_variable("params", view.leaf):
         return None
     return "/".join((*module.path, view.leaf)), view
 
 
+def view_by(
+    rule: Rule, function: Callable, module: Any, method: str, args: tuple, kw: dict
+) -> View | None:
+    """What a rule says of a call, with the arguments in the order of ``function``'s signature."""
+    bound = inspect.signature(function).bind(module, *args, **kw)
+    bound.apply_defaults()
+    return rule(module, method, bound.args[1:])
+
+
+def rule_of(cls: type, rules: Rules) -> tuple[type, Rule | None]:
+    """The class of a layer's method resolution order that has a rule, and the rule; None for a
+    layer that has none."""
+    found = ((c, _lookup(rules, c)) for c in cls.__mro__)
+    return next(((c, rule) for c, rule in found if rule), (cls, None))
+
+
 def _lookup(rules: Rules, cls: type) -> Rule | None:
     return rules.get(cls) or rules.get(f"{cls.__module__}.{cls.__qualname__}")
+
+
+def target_of(path: str, shape: tuple[int, ...], seen: tuple[int, ...], view: View) -> Target:
+    """The target that a call shows.
+
+    Args:
+        path: of the kernel.
+        shape: as the parameters hold it, stacked axes included.
+        seen: as the layer has it in the call.
+        view: how the call uses it.
+
+    Raises:
+        UserError: a kernel stacked along another axis than 0.
+    """
+    stack = len(shape) - len(seen)
+    if shape[stack:] != seen:
+        raise UserError(
+            f"{path} {shape} is used as {seen}: only kernels stacked along axis 0 can be adapted "
+            "(in Linen: variable_axes={'params': 0})"
+        )
+    return Target(path, shape, stack, view.batch, view.ins, view.outs, view.kind)
 
 
 def _tuple(value: int | Sequence[int]) -> tuple[int, ...]:

@@ -79,13 +79,10 @@ def load_decoder_config(path_or_id: str | os.PathLike[str]) -> LlamaConfig:
     return config
 
 
-def load_abstract(
-    path_or_id: str | os.PathLike[str], *, revision: str | None = None
-) -> tuple[nn.Module, dict]:
-    """The module and the shapes of its parameters, from ``config.json`` alone."""
-    family, config = _read_config(resolve(path_or_id, revision))
-    model = family.module(config)
-    return model, family.shapes(model)
+def load_module(path_or_id: str | os.PathLike[str]) -> nn.Module:
+    """The module that ``config.json`` alone describes; errors as in :func:`load`."""
+    family, config = _read_config(resolve(path_or_id))
+    return family.module(config)
 
 
 def _read_config(folder: Path) -> tuple[Family, Any]:
