@@ -40,7 +40,8 @@ ARMS = {
     "lora": 1e-2, "lora:rslora=true": 1e-2, "lora:lora_plus_ratio=4": 5e-3, "lora-fa": 2e-2,
     "dora": 1e-2, "pissa": 5e-3, "olora": 5e-3, "adalora": 2e-2, "lora-xs": 5e-3, "vera": 2e-2,
     "miss": 5e-3, "miss:mode=mini,mini_rank=4": 5e-3, "lora-mini": 2e-2,
-    "lora-mini:outer_init=gradient": 1e-2, "diffora:inner=lora,rho=0.5,budget=24000": 1e-2,
+    "lora-mini:outer_init=gradient": 1e-2, "lora-mini-diag": 1e-2,
+    "diffora:inner=lora,rho=0.5,budget=24000": 1e-2,
     "relora": 1e-2, "switchlora": 1e-2, "full:target_modules=norm,budget=none": 1e-2,
     "full:target_modules=all,budget=none": 2e-3,
 }  # fmt: skip
@@ -177,14 +178,15 @@ def prepare_e2e(data: Path, work: Path) -> dict[str, str]:
 
 
 def prepare_trec(data: Path, work: Path) -> dict[str, str]:
-    """All training questions; the test questions in two halves."""
+    """2,000 training questions; the test questions in two halves."""
 
     def rows(file: str) -> list[Row]:
         lines = [line.split(" ", 1) for line in (data / file).read_text("latin-1").splitlines()]
         return [{"prompt": text, "completion": TYPES[int(label)]} for label, text in lines]
 
-    test = rows("test.txt")
-    return written(work, rows("train.txt"), test[::2], test[1::2])
+    train, test = rows("train.txt"), rows("test.txt")
+    chosen = np.linspace(0, len(train) - 1, 2000).astype(int)
+    return written(work, [train[i] for i in chosen], test[::2], test[1::2])
 
 
 def written(work: Path, *parts: list[Row]) -> dict[str, str]:
