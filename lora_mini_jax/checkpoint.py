@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.errors import UserError
@@ -71,7 +70,8 @@ class Checkpoints:
         """The newest checkpoint in the place of ``state``'s values, or None when there is none.
 
         Args:
-            state: a state of the same run, freshly made; gives shapes, dtypes and frozen leaves.
+            state: a state of the same run, freshly made; gives shapes, dtypes, frozen leaves, and
+                where the leaves go, be it another mesh than the one they were saved from.
 
         Raises:
             UserError: a checkpoint that is damaged or of another run.
@@ -79,7 +79,7 @@ class Checkpoints:
         step = self.latest()
         if step is None:
             return None
-        abstract = jax.tree.map(np.asarray, _saved(state))
+        abstract = jax.tree.map(_abstract, _saved(state))
         try:
             args = self._args.StandardRestore(abstract)
             tree = self._manager.restore(step, args=args)
@@ -109,8 +109,11 @@ def _saved(state: TrainState) -> dict[str, Any]:
     }
 
 
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
 def _restored(state: TrainState, tree: dict[str, Any]) -> TrainState:
-    tree = jax.tree.map(jax.numpy.asarray, tree)
     adapter: Adapter = state.adapter.with_trainable(tree["trainable"])
     opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), tree["opt_state"])
     moved = {path: adapter.frozen[path] | leaves for path, leaves in tree["frozen"].items()}

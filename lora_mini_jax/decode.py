@@ -1,5 +1,7 @@
 """Text from a decoder, plain or adapted: prompts of different lengths, a cache, greedy or nucleus.
 
+For a model with an encoder see `decode_seq2seq`.
+
 Example:
     >>> from lora_mini_jax.models import Llama, LlamaConfig
     >>> model = Llama(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24,
@@ -14,19 +16,20 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.models.llama import Llama, init_cache
-from lora_mini_jax.models.llama_config import LlamaConfig
+from lora_mini_jax.models.attention import init_cache
+from lora_mini_jax.models.families import DECODERS
 
 _BUCKET = 32  # prompts are padded to a multiple, so that a few programs serve every length
 
 
 def generate(
-    model: Llama,
+    model: nn.Module,
     params: Any,
     prompts: Sequence[Sequence[int]],
     *,
@@ -40,7 +43,7 @@ def generate(
     """Continue each prompt; compiled once for a model, batch size, length bucket and token count.
 
     Args:
-        model, params: as :func:`lora_mini_jax.models.load` returns them.
+        model, params: a decoder, as :func:`lora_mini_jax.models.load` returns it.
         prompts: token ids, one list a row, of any lengths.
         adapter: an adapter of ``params``, or None for the plain model.
         max_new_tokens: the most tokens a row may gain.
@@ -57,29 +60,48 @@ def generate(
             many tokens for the model's positions, or sampling settings out of range; all of them
             in one line.
     """
-    if not isinstance(model, Llama):
-        raise UserError(f"cannot generate with a {type(model).__name__}: give a Llama, the class "
-                        "of all decoders that load reads")  # fmt: skip
-    config = model.config
+    known = [family.module for family in DECODERS]
+    if type(model) not in known:
+        raise UserError(f"cannot generate with a {type(model).__name__}: give a decoder that load "
+                        f"reads, {' or '.join(each.__name__ for each in known)}")  # fmt: skip
+    config: Any = model.config
     rows = [np.asarray(prompt) for prompt in prompts]
     _check(config, rows, max_new_tokens, temperature, top_p)
     if not rows:
         return []
+    tokens, valid = padded(rows)
+    ends = end_ids(config, eos_id)
+    # Arrays, not Python numbers: another temperature must not be another program.
+    knobs = jnp.float32(temperature), jnp.float32(top_p), jax.random.key(seed)
+    out = _run(model, max_new_tokens, params, adapter, tokens, valid, ends, knobs)
+    return rows_of(out)
+
+
+def padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of token ids, padded on the left to one width: the tokens, and 1 where there is one;
+    (rows, width) int32 both."""
     width = -(-max(map(len, rows)) // _BUCKET) * _BUCKET
     tokens = np.zeros((len(rows), width), np.int32)
     valid = np.zeros((len(rows), width), np.int32)
     for i, row in enumerate(rows):
         tokens[i, width - len(row) :] = row
         valid[i, width - len(row) :] = 1
+    return tokens, valid
+
+
+def end_ids(config: Any, eos_id: int | Sequence[int] | None) -> np.ndarray:
+    """The ids that end a row, (n,) int32: those given, or the config's."""
     ends = config.eos_token_id if eos_id is None else eos_id
-    ends = np.atleast_1d(np.asarray(() if ends is None else ends, np.int32))
-    # Arrays, not Python numbers: another temperature must not be another program.
-    knobs = jnp.float32(temperature), jnp.float32(top_p), jax.random.key(seed)
-    out = _run(model, max_new_tokens, params, adapter, tokens, valid, ends, knobs)
+    return np.atleast_1d(np.asarray(() if ends is None else ends, np.int32))
+
+
+def rows_of(out: jax.Array) -> list[list[int]]:
+    """The new tokens of each row, (rows, new) with -1 where there is none, as lists."""
     return [[int(t) for t in row if t >= 0] for row in np.asarray(out)]
 
 
-def _check(config: LlamaConfig, rows: list, new: int, temperature: float, top_p: float) -> None:
+def wrong_rows(config: Any, rows: list[np.ndarray], new: int) -> list[str]:
+    """What is wrong with prompts, and with how many tokens are to follow them."""
     bad = []
     for i, row in enumerate(rows):
         if not row.size:
@@ -90,6 +112,11 @@ def _check(config: LlamaConfig, rows: list, new: int, temperature: float, top_p:
             bad.append(f"prompt {i} has ids {wrong.tolist()} outside 0..{config.vocab_size - 1}")
     if new < 1:
         bad.append(f"max_new_tokens={new} is below 1")
+    return bad
+
+
+def _check(config: Any, rows: list, new: int, temperature: float, top_p: float) -> None:
+    bad = wrong_rows(config, rows, new)
     longest = max((row.size for row in rows), default=0)
     if longest + new > (limit := config.max_position_embeddings):
         bad.append(f"{longest} prompt tokens and max_new_tokens={new} exceed the model's {limit}")
@@ -123,7 +150,7 @@ def _pick(logits: jax.Array, temperature: jax.Array, top_p: jax.Array, key: jax.
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _run(model: Llama, new: int, params, adapter, tokens, valid, ends, knobs) -> jax.Array:
+def _run(model: Any, new: int, params, adapter, tokens, valid, ends, knobs) -> jax.Array:
     """New tokens (batch, new) int32, -1 from a row's end on; prompts are padded on the left."""
     temperature, top_p, key = knobs
     batch, width = tokens.shape

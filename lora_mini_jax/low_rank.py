@@ -33,19 +33,15 @@ class Product(Method):
 
     @abstractmethod
     def chain(self, factors: Factors) -> Sequence[jax.Array]:
-        """The matrices of the update from ``(in, ...)`` to ``(..., out)``, scales within."""
+        """The matrices of the update from ``(in, ...)`` to ``(..., out)``, scales within. A vector
+        after one of them stands for a diagonal: its gradient then needs no matrix's."""
 
     def delta(self, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
-        for matrix in self.chain(factors):
-            x = x @ matrix.astype(x.dtype)
-        return x
+        return reduce(_times, (each.astype(x.dtype) for each in self.chain(factors)), x)
 
     def rows(self, ids: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
         first, *rest = self.chain(factors)
-        out = first[ids]
-        for matrix in rest:
-            out = out @ matrix
-        return out
+        return reduce(_times, rest, first[ids])
 
     def merge(self, kernel: jax.Array, factors: Factors) -> jax.Array:
         return float32(kernel) + self.update(factors)
@@ -65,7 +61,7 @@ class Product(Method):
         kind = type(self)
         if kind.update is not Product.update or kind.merge is not Product.merge:
             return None  # there is more to it than the chain: a dense part, a gain
-        chain = [float32(matrix) for matrix in self.chain(factors)]
+        chain = self._matrices(factors)
         widths = [matrix.shape[1] for matrix in chain[:-1]]
         cut = 1 + widths.index(min(widths))
         with jax.default_matmul_precision("highest"):
@@ -74,7 +70,22 @@ class Product(Method):
     def update(self, factors: Factors) -> jax.Array:
         """The product of the chain ``(in, out)``, in float32."""
         with jax.default_matmul_precision("highest"):
-            return jnp.linalg.multi_dot([float32(m) for m in self.chain(factors)])
+            return jnp.linalg.multi_dot(self._matrices(factors))
+
+    def _matrices(self, factors: Factors) -> list[jax.Array]:
+        """The chain in float32, every diagonal in the matrix before it."""
+        found: list[jax.Array] = []
+        for each in map(float32, self.chain(factors)):
+            if each.ndim == 1:
+                found[-1] = found[-1] * each
+            else:
+                found.append(each)
+        return found
+
+
+def _times(x: jax.Array, each: jax.Array) -> jax.Array:
+    """``x`` times a matrix of the chain, or times a diagonal."""
+    return x * each if each.ndim == 1 else x @ each
 
 
 @dataclass(frozen=True)

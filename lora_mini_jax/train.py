@@ -1,6 +1,5 @@
 """The training step: pure, traced once, with the gradient taken in the trained leaves alone."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from jax.core import Tracer
 from lora_mini_jax import moves
 from lora_mini_jax.adapter import Adapter, as_key
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.gradient import LossFn, accumulated, gradient
 from lora_mini_jax.optim import forget
 
 
@@ -62,12 +62,13 @@ class Metrics(NamedTuple):
     aux: Any
 
 
-LossFn = Callable[..., Any]
-"""``loss_fn(params, adapter, batch, key) -> loss`` or ``(loss, aux)``."""
-
-
 def make_train_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, *, has_aux: bool = False
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    parts: int = 1,
+    like: TrainState | None = None,
 ) -> jax.stages.Wrapped:
     """A jitted update: ``step(state, params, batch) -> (state, metrics)``, traced once.
 
@@ -80,6 +81,9 @@ def make_train_step(
         loss_fn: ``loss_fn(params, adapter, batch, key)``, a scalar, or with ``has_aux`` a pair.
         tx: an optax optimiser; it sees ``adapter.trainable`` only, so clip by global norm freely.
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+        parts: take the batch in so many turns, and so much less memory: gradients are accumulated.
+            ``aux`` must then be a part's weight in the mean, such as its number of tokens.
+        like: on a mesh, the state that training starts with; every later one is sharded as it is.
 
     Example:
         >>> import flax.linen as nn
@@ -97,14 +101,8 @@ def make_train_step(
         adapter = state.adapter
         key = jax.random.fold_in(as_key(state.key), state.step)
         loss_key, step_key = jax.random.split(key)
-
-        def loss_of(trainable: Any) -> tuple[jax.Array, Any]:
-            now = adapter.with_trainable(trainable)
-            out = loss_fn(params, now, batch, loss_key)
-            loss, aux = out if has_aux else (out, None)
-            return loss + moves.penalty(now), (loss, aux)
-
-        (_, (loss, aux)), grads = jax.value_and_grad(loss_of, has_aux=True)(adapter.trainable)
+        given = loss_fn, adapter, params, batch, loss_key, has_aux
+        loss, aux, grads = gradient(*given) if parts == 1 else accumulated(*given, parts)
         norm = optax.tree.norm(grads)
         after, opt_state = _updated(tx, adapter, grads, state.opt_state, state.step, step_key)
         fine = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -115,7 +113,10 @@ def make_train_step(
         )
         return TrainState(state.step + 1, after, opt_state, state.key), Metrics(loss, norm, aux)
 
-    return jax.jit(step, donate_argnums=0)
+    if like is None:
+        return jax.jit(step, donate_argnums=0)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _check_calibrated(adapter: Adapter) -> None:

@@ -13,8 +13,8 @@ import pytest
 from lora_mini_jax.decode import generate
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models import Llama, LlamaConfig, load, save
+from lora_mini_jax.models.attention import init_cache
 from lora_mini_jax.models.hub import load_config
-from lora_mini_jax.models.llama import init_cache
 
 BASE: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

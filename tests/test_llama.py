@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models import Llama, LlamaConfig, load, save
+from lora_mini_jax.models.attention import init_cache
 from lora_mini_jax.models.hub import load_config, resolve
-from lora_mini_jax.models.llama import init_cache
 
 SHARED = Path(os.environ.get("LMJ_SHARED", Path(__file__).parents[1] / "../shared"))
 LLAMA3: dict[str, Any] = {

@@ -92,7 +92,7 @@ class AdaLoRA(LowRank):
         return leaves, {**zeros, "kept": jnp.ones((r,), bool)}
 
     def chain(self, factors: Factors) -> tuple[jax.Array, ...]:
-        return factors["A"] * (self.scale * factors["E"]), factors["B"]
+        return factors["A"], self.scale * factors["E"], factors["B"]
 
     def n_trainable(self, n_in: int, n_out: int) -> int:
         return self.rank * (n_in + n_out + 1)

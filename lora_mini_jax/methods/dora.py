@@ -54,8 +54,11 @@ class DoRA(LowRank):
         return factors["A"], self.scale * factors["B"]
 
     def delta(self, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
-        gain = self._gain(kernel, factors).astype(x.dtype)
-        return (x @ kernel.astype(x.dtype)) * (gain - 1) + super().delta(x, kernel, factors) * gain
+        # One product with the gain, so that devices exchange its gradient once; in float32, for a
+        # narrow sum of the two would lose a small update.
+        base = float32(x @ kernel.astype(x.dtype))
+        moved = (base + float32(super().delta(x, kernel, factors))) * self._gain(kernel, factors)
+        return (moved - base).astype(x.dtype)
 
     def rows(self, ids: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
         gain = self._gain(kernel, factors)

@@ -63,7 +63,7 @@ class LoRAMiniDiag(Product):
         return {"d": jnp.zeros(self.rank, jnp.float32)}, {"A_aux": a_aux, "B_aux": b_aux}
 
     def chain(self, factors: Factors) -> tuple[jax.Array, ...]:
-        return factors["A_aux"] * (self.alpha * factors["d"]), factors["B_aux"]
+        return factors["A_aux"], self.alpha * factors["d"], factors["B_aux"]
 
     def n_trainable(self, n_in: int, n_out: int) -> int:
         return self.rank

@@ -53,7 +53,7 @@ class VeRA(Product):
         return {"d": d, "b": jnp.zeros((n_out,), jnp.float32)}, {"A": a, "B": b}
 
     def chain(self, factors: Factors) -> tuple[jax.Array, ...]:
-        return factors["A"] * factors["d"], factors["B"] * factors["b"]
+        return factors["A"], factors["d"], factors["B"], factors["b"]
 
     def n_trainable(self, n_in: int, n_out: int) -> int:
         return self.rank + n_out

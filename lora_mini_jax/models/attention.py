@@ -16,6 +16,7 @@ def attend(
     mask: Array | None = None,
     *,
     scale: float | None = None,
+    bias: Array | None = None,
     softcap: float | None = None,
 ) -> Array:
     """Softmax attention; with fewer key than query heads each serves a group of neighbours.
@@ -25,6 +26,7 @@ def attend(
         k, v: (batch, keys, kv_heads, head_dim).
         mask: (batch or 1, 1, time, keys) bool, True where a query sees a key; None is causal.
         scale: of the logits; None is ``head_dim ** -0.5``.
+        bias: (batch or 1, heads, time, keys), added to the logits; None is none.
         softcap: logits become ``softcap * tanh(logits / softcap)``, as Gemma 2's; None is no cap.
 
     Returns:
@@ -36,16 +38,40 @@ def attend(
         (1, 3, 4, 8)
     """
     if softcap is None:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=mask is None)
+        return jax.nn.dot_product_attention(
+            q, k, v, bias, mask, scale=scale, is_causal=mask is None
+        )
     batch, time, _, width = q.shape
     grouped = q.reshape(batch, time, k.shape[2], -1, width)
     logits = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
     logits = softcap * jnp.tanh(logits * (width**-0.5 if scale is None else scale) / softcap)
+    if bias is not None:
+        logits = logits + bias.reshape(bias.shape[0], *logits.shape[1:3], *bias.shape[2:])
     if mask is None:
         mask = jnp.tril(jnp.ones((1, 1, time, k.shape[1]), bool))
     logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape).astype(q.dtype)
+
+
+def init_cache(
+    config: Any, batch: int, length: int, dtype: Any = jnp.float32, layers: int | None = None
+) -> dict[str, Any]:
+    """An empty key-value cache for ``length`` tokens a row; writing past its end is not checked.
+
+    Args:
+        config: of any decoder: its layers, heads and their width are read.
+        batch, length, dtype: of the cache.
+        layers: how many; None is ``config.num_hidden_layers``.
+
+    Returns:
+        ``k`` and ``v`` (layers, batch, length, kv_heads, head_dim) of ``dtype``; ``segment_ids``
+        (batch, length) int32, 0 where a slot holds padding; ``length`` () int32, slots in use.
+    """
+    heads = (config.num_key_value_heads, config.head_dim)
+    empty = jnp.zeros((layers or config.num_hidden_layers, batch, length, *heads), dtype)
+    slots = jnp.zeros((batch, length), jnp.int32)
+    return {"k": empty, "v": empty, "segment_ids": slots, "length": jnp.zeros((), jnp.int32)}
 
 
 def written(kv: tuple[Array, Array], k: Array, v: Array, start: Array | int) -> tuple[Array, Array]:

@@ -1,7 +1,8 @@
 """The pieces of BERT, RoBERTa and DeBERTa: embeddings, attention, layers and their stack.
 
-Every piece carries Hugging Face's module name, so that a path here is a name there. There is no
-dropout anywhere: a frozen base has no use for it, and an adapter's own is the method's setting.
+GPT-2 is made of the same `Part`. Every piece carries Hugging Face's module name, so that a path
+here is a name there. There is no dropout anywhere: a frozen base has no use for it, and an
+adapter's own is the method's setting.
 """
 
 from typing import Any, ClassVar
@@ -26,12 +27,13 @@ class Part(nn.Module):
         return self.config, self.dtype, self.param_dtype
 
     @nn.nowrap
-    def linear(self, name: str, features: int) -> nn.Dense:
-        """A projection with a bias and the config's initialiser."""
+    def linear(self, name: str, features: int, bias: bool = True) -> nn.Dense:
+        """A projection with the config's initialiser."""
         init = nn.initializers.normal(self.config.initializer_range)
         return nn.Dense(
-            features, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init, name=name
-        )
+            features, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype,
+            kernel_init=init, name=name,
+        )  # fmt: skip
 
     @nn.nowrap
     def table(self, rows: int, name: str | None = None) -> nn.Embed:

@@ -6,10 +6,12 @@ from typing import Any
 import flax.linen as nn
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.models import bert, deberta, llama, roberta
+from lora_mini_jax.models import bert, deberta, gpt2, llama, roberta, t5
 from lora_mini_jax.models.family import Family
 
-FAMILIES = (llama.FAMILY, bert.FAMILY, *roberta.FAMILIES, deberta.FAMILY)
+DECODERS = (llama.FAMILY, gpt2.FAMILY)
+"""Those that continue text: called with tokens, positions, segments and a cache."""
+FAMILIES = (*DECODERS, t5.FAMILY, bert.FAMILY, *roberta.FAMILIES, deberta.FAMILY)
 """A new kind of model is a file and a place here."""
 
 
@@ -37,7 +39,8 @@ def family_of(hf: dict[str, Any], any_head: bool = False) -> Family:
 def _by_type(hf: dict[str, Any], known: dict[str, Family]) -> str | None:
     """The architecture of a ``config.json`` that names only its ``model_type``."""
     kind = re.sub("_text$|[-_]", "", str(hf.get("model_type", ""))).lower()
-    wanted = (kind + "forcausallm", kind + "model")
+    heads = ("forcausallm", "lmheadmodel", "forconditionalgeneration", "model")
+    wanted = [kind + head for head in heads]
     return next((name for name in known if name.lower() in wanted), None)
 
 

@@ -36,11 +36,16 @@ class Family:
         prefix: what the names in files begin with.
         bare: the top modules whose names have no prefix: heads.
         renamed: names of leaves that are not the usual ones, by the end of their path.
-        keeps_layout: whether linear kernels are stored (in, out), as GPT-2's are; torch's
-            own way is (out, in).
+        keeps_layout: whether linear kernels, those of ``bare`` modules apart, are stored
+            (in, out), as GPT-2's are; torch's own way is (out, in).
         copies: tensors that a file may hold though the model ties them, with what they must equal.
         ignored: a regular expression for tensors of no use here: tables made from the config.
         stack: the module under which the layers are, as `STACK`.
+        lists: the other modules that are lists in the file: ``layer_0`` is ``layer.0`` there.
+        depths: by top module, the field of the config that counts its layers, where that is not
+            ``num_hidden_layers``.
+        moved: modules that stand elsewhere in the file, by their path.
+        may_lack_prefix: whether a file may have its tensors without ``prefix``.
         trunk: where the family has several heads, the top modules that are in no head. A file may
             then have its tensors without ``prefix``, other heads in it are ignored, and what a
             head that is asked for lacks can be drawn.
@@ -57,8 +62,16 @@ class Family:
     copies: Mapping[str, str] = field(default_factory=dict)
     ignored: str = r"rotary_emb\.inv_freq$"
     stack: str = STACK
+    lists: tuple[str, ...] = ()
+    depths: Mapping[str, str] = field(default_factory=dict)
+    moved: Mapping[str, str] = field(default_factory=dict)
+    may_lack_prefix: bool = False
     trunk: tuple[str, ...] = ()
     inputs: Callable[[], tuple[jax.ShapeDtypeStruct, ...]] = token_inputs
+
+    def depth(self, config: Any, path: PathTuple) -> int:
+        """How many layers are in the stack that a parameter belongs to."""
+        return getattr(config, self.depths.get(path[0], "num_hidden_layers"))
 
     def names(self, path: PathTuple, layers: int) -> list[str]:
         """The tensors that make one parameter: one, or one a layer where it is stacked.
@@ -73,7 +86,10 @@ class Family:
         ending = "/".join(path[-2:])
         leaf = self.renamed.get(ending, _LEAVES.get(path[-1], path[-1]))
         prefix = "" if path[0] in self.bare else self.prefix
-        parts = [re.sub(r"_(\d+)$", r".\1", part) for part in path[:-1]]
+        lists = "|".join((self.stack, *self.lists))
+        modules = "/".join(path[:-1])
+        parts = [re.sub(rf"^({lists})_(\d+)$", r"\1.\2", part)
+                 for part in self.moved.get(modules, modules).split("/")]  # fmt: skip
         if self.stack not in path:
             return [prefix + ".".join((*parts, leaf))]
         at = path.index(self.stack)
@@ -88,7 +104,7 @@ class Family:
             >>> FAMILY.canonical("embeddings.LayerNorm.gamma")
             'bert.embeddings.LayerNorm.weight'
         """
-        if not self.trunk:
+        if not self.trunk and not self.may_lack_prefix:
             return name
         name = re.sub(r"(LayerNorm)\.gamma$", r"\1.weight", name)
         name = re.sub(r"(LayerNorm)\.beta$", r"\1.bias", name).removeprefix(self.prefix)
@@ -104,7 +120,7 @@ class Family:
 
     def flips(self, path: PathTuple) -> bool:
         """Whether the file has the axes of a parameter the other way round."""
-        return path[-1] == "kernel" and not self.keeps_layout
+        return path[-1] == "kernel" and not (self.keeps_layout and path[0] not in self.bare)
 
     def shapes(self, model: nn.Module) -> dict[str, Any]:
         """Shape and dtype of every parameter, as a tree; nothing is computed."""

@@ -17,12 +17,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.models import llama
 from lora_mini_jax.models.arrays import read_array
-from lora_mini_jax.models.families import family_of
+from lora_mini_jax.models.families import DECODERS, family_of
 from lora_mini_jax.models.family import Family, PathTuple
 from lora_mini_jax.models.fresh import asked, draw, lacking
-from lora_mini_jax.models.llama_config import LlamaConfig
 from lora_mini_jax.models.shards import open_tensors, read_downloaded
 from lora_mini_jax.models.tensors import DTYPES, Tensor, same
 
@@ -63,18 +61,19 @@ def load_config(path_or_id: str | os.PathLike[str], *, revision: str | None = No
     return _read_config(resolve(path_or_id, revision))[1]
 
 
-def load_decoder_config(path_or_id: str | os.PathLike[str]) -> LlamaConfig:
+def load_decoder_config(path_or_id: str | os.PathLike[str]) -> Any:
     """The same for a model that continues text.
 
     Raises:
-        UserError: as `load_config`, and for an encoder.
+        UserError: as `load_config`, and for an encoder or a model that has one.
     """
     folder = resolve(path_or_id)
     family, config = _read_config(folder)
-    if family is not llama.FAMILY:
+    if family not in DECODERS:
+        known = (name for decoder in DECODERS for name in decoder.architectures)
         raise UserError(
             f"{folder} holds a {family.module.__name__}, which does not continue text: give one of "
-            f"{', '.join(llama.FAMILY.architectures)}"
+            f"{', '.join(known)}"
         )
     return config
 
@@ -149,7 +148,8 @@ def load(
                         f"{len(where)} tensors: correct it or fetch the model again")  # fmt: skip
     model = family.module(config, dtype, param_dtype, scan_layers, remat)
     shapes = flatten_dict(family.shapes(model))
-    slots = {path: _slots(family, path, leaf.shape, layers) for path, leaf in shapes.items()}
+    slots = {path: _slots(family, path, leaf.shape, family.depth(config, path))
+             for path, leaf in shapes.items()}  # fmt: skip
     drawn = []
     if task is not None:
         drawn = lacking(family, slots, where, own.get("architectures") == hf["architectures"])

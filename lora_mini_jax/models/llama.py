@@ -28,19 +28,6 @@ from lora_mini_jax.models.llama_layers import Block, Part
 from lora_mini_jax.models.rotary import Rope, angles
 
 
-def init_cache(config: LlamaConfig, batch: int, length: int, dtype: Any = jnp.float32) -> dict:
-    """An empty key-value cache for ``length`` tokens a row; writing past its end is not checked.
-
-    Returns:
-        ``k`` and ``v`` (layers, batch, length, kv_heads, head_dim) of ``dtype``; ``segment_ids``
-        (batch, length) int32, 0 where a slot holds padding; ``length`` () int32, slots in use.
-    """
-    heads = (config.num_key_value_heads, config.head_dim)
-    empty = jnp.zeros((config.num_hidden_layers, batch, length, *heads), dtype)
-    slots = jnp.zeros((batch, length), jnp.int32)
-    return {"k": empty, "v": empty, "segment_ids": slots, "length": jnp.zeros((), jnp.int32)}
-
-
 class Llama(Part):
     """The language model: token ids to logits of the next token.
 
@@ -67,7 +54,7 @@ class Llama(Part):
             positions: (batch, time) int32; by default from 0, or from where the cache ends.
             segment_ids: (batch, time) int32; a token sees the earlier ones of its own segment.
                 0 is padding: no other segment sees it; its own logits are finite, to be ignored.
-            cache: from :func:`init_cache` or an earlier call; ``tokens`` are written after it.
+            cache: from `attention.init_cache` or an earlier call; ``tokens`` are written after it.
         """
         c, start = self.config, 0 if cache is None else cache["length"]
         if positions is None:

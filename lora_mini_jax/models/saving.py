@@ -67,7 +67,7 @@ def _hf_tensors(model: Any, params: dict, dtype: Any) -> Iterator[tuple[str, np.
     if bad:
         raise UserError(f"params do not fit the model: {'; '.join(bad)}; give load's or init's")
     for path, leaf in flat.items():
-        names = family.names(path, model.config.num_hidden_layers)
+        names = family.names(path, family.depth(model.config, path))
         value = np.asarray(leaf if dtype is None else leaf.astype(dtype))
         for name, one in zip(names, value if family.stack in path else [value], strict=True):
             yield name, np.ascontiguousarray(family.swapped(path, one))

@@ -38,7 +38,7 @@ def save(
     names: Names | None = None,
     base: str = "",
     as_lora: bool = False,
-    fan_in_fan_out: bool = False,
+    fan_in_fan_out: bool | None = None,
     task_type: str | None = None,
 ) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``, whole or not at all.
@@ -59,13 +59,15 @@ def save(
         as_lora: everything as plain LoRA without dropout, of one rank (smaller ones filled up with
             zeros) and with its scale in the factors: for servers, which read ``r`` and
             ``lora_alpha`` and nothing else.
-        fan_in_fan_out: whether the base stores linear kernels as (in, out), as GPT-2 does.
+        fan_in_fan_out: whether the base stores linear kernels as (in, out), as GPT-2 does; None is
+            what `names_of` the model says, and False for other names.
         task_type: PEFT's, such as ``"CAUSAL_LM"``, for its ``AutoPeftModel`` classes.
 
     Raises:
         UserError: a method that has no such form (SwitchLoRA, ReLoRA, full fine-tuning alone;
-            as LoRA also DoRA and MiSS in mode bat): merge it instead. Kernels that differ in what a
-            PEFT config has one of. A table that the output head shares. A disk that is full.
+            as LoRA also DoRA and MiSS in mode bat): merge it instead. MiSS for kernels that
+            are stored (in, out). Kernels that differ in what a PEFT config has one of. A table
+            that the output head or both halves of a T5 share. A disk that is full.
     """
     from safetensors.numpy import save_file
 
@@ -89,10 +91,12 @@ def convert(
     *,
     names: Names | None = None,
     as_lora: bool = False,
-    fan_in_fan_out: bool = False,
+    fan_in_fan_out: bool | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors and the config that `save` writes; arguments and errors as there."""
     found = places(params, [site.target for site in adapter.sites], names)
+    if fan_in_fan_out is None:
+        fan_in_fan_out = bool(getattr(names, "keeps_layout", False))
     whole = [site for site in adapter.sites if isinstance(site.method, Full)]
     if len(whole) == len(adapter.sites):
         raise UserError("full fine-tuning alone is no adapter, and PEFT has no file for it: merge "
@@ -114,6 +118,9 @@ def convert(
     }
     if settings["peft_type"] != "MISS":
         settings["fan_in_fan_out"] = fan_in_fan_out
+    elif fan_in_fan_out:
+        raise UserError("PEFT has no MiSS for kernels that are stored (in, out), as GPT-2's are: "
+                        "export it as plain LoRA, as_lora=True, or merge it")  # fmt: skip
     saved = _whole(replace(adapter, sites=tuple(whole)), modules, params, found, fan_in_fan_out)
     arrays |= {tensors.PREFIX + name: value for name, value in saved.items()}
     return {name: np.ascontiguousarray(a, np.float32) for name, a in arrays.items()}, settings

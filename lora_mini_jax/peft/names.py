@@ -15,7 +15,30 @@ Names = Callable[[str], Sequence[str]]
 stacked. ``"layers_3/mlp/up_proj/kernel"`` is ``["model.layers.3.mlp.up_proj.weight"]``."""
 
 
-def names_of(model: Any) -> Names:
+@dataclass(frozen=True)
+class ModelNames:
+    """The names of a model that is read from Hugging Face's files; a `Names`.
+
+    Attributes:
+        family: what is known of its kind, a `models.family.Family`.
+        depth: how many layers are in the stack of a parameter, by its path's parts.
+    """
+
+    family: Any
+    depth: Callable[[tuple[str, ...]], int]
+
+    def __call__(self, path: str) -> list[str]:
+        """The tensors of a parameter."""
+        parts = tuple(path.split("/"))
+        return self.family.names(parts, self.depth(parts))
+
+    @property
+    def keeps_layout(self) -> bool:
+        """Whether linear kernels are stored (in, out) there, PEFT's ``fan_in_fan_out``."""
+        return self.family.keeps_layout
+
+
+def names_of(model: Any) -> ModelNames:
     """The names of a model that `models.load` gave.
 
     Raises:
@@ -36,10 +59,10 @@ def names_of(model: Any) -> Names:
         raise UserError(
             f"{error}; give names, a function from a parameter's path to its names"
         ) from None
-    return _family_names(family, model.config.num_hidden_layers)
+    return ModelNames(family, lambda path: family.depth(model.config, path))
 
 
-def llama_names(params: Mapping[str, Any]) -> Names:
+def llama_names(params: Mapping[str, Any]) -> ModelNames:
     """The names for the parameters of a Llama, stacked or not; for where no others are given.
 
     Raises:
@@ -54,11 +77,8 @@ def llama_names(params: Mapping[str, Any]) -> Names:
             "peft.names_of(model), or a function from a parameter's path to its names"
         )
     stacked = flatten(params.get(STACK, {}))
-    return _family_names(FAMILY, len(next(iter(stacked.values()))) if stacked else 0)
-
-
-def _family_names(family: Any, layers: int) -> Names:
-    return lambda path: family.names(tuple(path.split("/")), layers)
+    layers = len(next(iter(stacked.values()))) if stacked else 0
+    return ModelNames(FAMILY, lambda path: layers)
 
 
 @dataclass(frozen=True)
@@ -72,6 +92,11 @@ class Place:
     def modules(self) -> tuple[str, ...]:
         """The modules that hold the tensors."""
         return tuple(name.rpartition(".")[0] for name in self.tensors)
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this belongs to the model's output head."""
+        return self.target.path.split("/")[0] in OUTPUT_HEADS
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -92,17 +117,19 @@ class Place:
 
     def to_torch(self, tensor: np.ndarray, keeps_layout: bool) -> np.ndarray:
         """A tensor of `shape` as torch stores it: linear kernels as ``(out, in)``, unless the
-        model keeps ``(in, out)``."""
-        return tensor.T if self.target.kind == "linear" and not keeps_layout else tensor
+        model keeps ``(in, out)``, which its output head never does."""
+        keeps = keeps_layout and not self.is_head
+        return tensor.T if self.target.kind == "linear" and not keeps else tensor
 
     def from_torch(self, tensor: np.ndarray, keeps_layout: bool) -> np.ndarray | None:
         """The inverse of `to_torch`; None for a shape that does not fit.
 
-        A model that keeps ``(in, out)`` may have a head that does not, so the shape decides where
+        A model that keeps ``(in, out)`` may have kernels that are not, so the shape decides where
         it can.
         """
+        keeps = keeps_layout and not self.is_head
         if self.target.kind == "linear" and tensor.shape == self.shape[::-1]:
-            return tensor if keeps_layout and tensor.shape == self.shape else tensor.T
+            return tensor if keeps and tensor.shape == self.shape else tensor.T
         return tensor if tensor.shape == self.shape else None
 
 
@@ -133,8 +160,11 @@ def places(
 
 def is_tied(place: Place, params: Mapping[str, Any]) -> bool:
     """Whether the output head may share this table: a table, in a model whose head has no words of
-    its own. PEFT then adapts the lookup alone, whereas here the head follows its table."""
+    its own. PEFT then adapts the lookup alone, whereas here the head follows its table. Also a T5's
+    ``shared``, which its encoder and its decoder hold too: PEFT would adapt neither."""
     rows = place.shape[0]
+    if place.modules == ("shared",):
+        return True
 
     def is_own_head(path: str, leaf: Any) -> bool:
         names = path.split("/")

@@ -1,0 +1,126 @@
+"""What a training step takes on every device, before there is a weight or a device: memory,
+arithmetic and what the devices tell each other."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lora_mini_jax import sharding
+from lora_mini_jax.adapter import draw
+from lora_mini_jax.collectives import collectives
+from lora_mini_jax.flops import dot_flops
+from lora_mini_jax.gradient import LossFn
+from lora_mini_jax.plan import Site
+from lora_mini_jax.train import TrainState, make_train_step
+from lora_mini_jax.tree import Target
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Of one training step; bytes are those of each device.
+
+    Attributes:
+        params, adapter, optimizer, batch: bytes of what goes into the step; its state is donated,
+            so what comes out takes no more.
+        temporaries: bytes of everything in between, activations above all, at their peak.
+        flops: of the step's matrix products, on all devices together.
+        exchanged: bytes that each device has from the others, by kind of exchange.
+    """
+
+    params: int
+    adapter: int
+    optimizer: int
+    batch: int
+    temporaries: int
+    flops: int
+    exchanged: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes on each device at the peak."""
+        return self.params + self.adapter + self.optimizer + self.batch + self.temporaries
+
+
+def footprint(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    sites: tuple[Site, ...],
+    targets: Iterable[Target],
+    params: Any,
+    batch: Any,
+    mesh: Mesh,
+    *,
+    rules: sharding.Rules | None = None,
+    has_aux: bool = False,
+    parts: int = 1,
+) -> Footprint:
+    """Compile a training step for a mesh from shapes alone, and read off what it takes.
+
+    XLA compiles for the kind of device in the mesh, and another kind's compiler may do better or
+    worse: for a TPU or a GPU, a mesh of CPU devices gives an estimate of the temporaries, and the
+    other figures exactly.
+
+    Args:
+        loss_fn, tx, has_aux, parts: as for `make_train_step`.
+        sites: which method adapts which kernel, as from `plan`.
+        targets: all kernels, adapted or not, as from ``linen.targets``.
+        params: the shapes and dtypes of the base parameters.
+        batch: those of one batch, over all devices.
+        mesh: as from `sharding.make_mesh`.
+        rules: as for `sharding.of_params`.
+    """
+    params = _placed(params, sharding.of_params(mesh, params, targets, rules))
+    state = jax.eval_shape(lambda p: TrainState.create(draw(p, sites, 0), tx), params)
+    state = _placed(state, _of_state(mesh, state, tx, rules))
+    batch = _placed(batch, jax.tree.map(lambda _: sharding.of_batch(mesh), batch))
+    step = make_train_step(loss_fn, tx, has_aux=has_aux, parts=parts, like=state)
+    traced = step.trace(state, params, batch)
+    compiled = traced.lower().compile()
+    exchanged: Counter = Counter()
+    for each in collectives(compiled):
+        exchanged[each.kind] += each.bytes * each.times
+    return Footprint(
+        params=_bytes(params),
+        adapter=_bytes(state.adapter),
+        optimizer=_bytes(state.opt_state),
+        batch=_bytes(batch),
+        temporaries=compiled.memory_analysis().temp_size_in_bytes,
+        flops=dot_flops(traced.jaxpr),
+        exchanged=dict(exchanged),
+    )
+
+
+def _of_state(
+    mesh: Mesh, state: TrainState, tx: optax.GradientTransformation, rules: sharding.Rules | None
+) -> TrainState:
+    """Where a state that starts on the mesh has its leaves: the optimiser's are as the trained."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    adapter = sharding.of_adapter(mesh, state.adapter, rules)
+
+    def like(leaf: Any, trained: Any, of: NamedSharding) -> NamedSharding:
+        return of if leaf.shape == trained.shape else whole
+
+    trained = state.adapter.trainable, adapter.trainable
+    opt_state = optax.tree.map_params(
+        tx, like, state.opt_state, *trained, transform_non_params=lambda leaf: whole
+    )
+    return TrainState(whole, adapter, opt_state, whole)  # ty: ignore[invalid-argument-type]
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    """The shapes and dtypes of a tree with shardings."""
+    return jax.tree.map(
+        lambda leaf, of: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=of), tree, shardings
+    )
+
+
+def _bytes(tree: Any) -> int:
+    """What the leaves of a placed tree take on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

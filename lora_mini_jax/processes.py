@@ -1,0 +1,115 @@
+"""Several processes that train as one: how they meet, which of them writes, and what they share.
+
+JAX's own engine does the work (``jax.distributed``). Every process runs the same program on its own
+devices; a mesh spans them all. With one process everything here does nothing.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_mini_jax.errors import UserError
+
+HEARTBEAT_SECONDS = 60
+"""How long a process that has died goes unnoticed at most, where no exchange fails before."""
+
+
+def start(coordinator: str, processes: int | None = None, process: int | None = None) -> None:
+    """Join the other processes; before anything else that uses JAX.
+
+    Args:
+        coordinator: ``"auto"`` where JAX finds out by itself, which it does on TPU pods, under
+            Slurm, under Open MPI and on Kubernetes; else ``"host:port"`` of process 0.
+        processes: how many there are; with a ``host:port``.
+        process: which of them this is, from 0; with a ``host:port``.
+
+    Raises:
+        UserError: numbers that are missing or do not fit, or others that do not come.
+    """
+    given: dict[str, Any] = {}
+    if coordinator != "auto":
+        if processes is None or process is None or not 0 <= process < processes:
+            raise UserError(
+                f"--coordinator {coordinator}: give --processes, how many there are, and "
+                f"--process, which this is, from 0 (not {process} of {processes})"
+            )
+        given = {
+            "coordinator_address": coordinator,
+            "num_processes": processes,
+            "process_id": process,
+        }
+    try:
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--coordinator {coordinator}: the processes did not meet: {reason}"
+        ) from None
+
+
+def first() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return jax.process_index() == 0
+
+
+def together(name: str) -> None:
+    """Wait until every process has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def on_host(tree: Any) -> Any:
+    """The leaves as NumPy arrays, gathered from all processes: all of them must call it."""
+
+    def gathered(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            if not leaf.is_fully_replicated:
+                from jax.experimental import multihost_utils
+
+                return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+            return np.asarray(leaf.addressable_data(0))
+        return np.asarray(leaf)
+
+    return jax.tree.map(gathered, tree)
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """Arrays on devices from host arrays that every process has alike; each puts what is its own.
+
+    ``shardings`` is one for all leaves, or a tree of them.
+    """
+
+    def place(leaf: Any, sharding: Any) -> jax.Array:
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    if isinstance(shardings, jax.sharding.Sharding):
+        return jax.tree.map(lambda leaf: place(leaf, shardings), tree)
+    return jax.tree.map(place, tree, shardings)
+
+
+def guarded(run: Callable[[], Any]) -> Any:
+    """Run, and end this process in one line where another has ended.
+
+    What JAX then raises differs from one exchange to the next; that the others are gone too is
+    what the line says. The process ends at once (exit code 75, "try again"): an orderly shutdown
+    would wait for those that are gone.
+    """
+    try:
+        return run()
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).strip().splitlines()[0][:200]
+        print(
+            f"lora-mini: process {jax.process_index()} of {jax.process_count()} lost the others "
+            f"({reason}): start all of them again, and they go on from the last checkpoint",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        os._exit(75)

@@ -1,0 +1,218 @@
+"""Many devices give what one gives, and tell each other no more than they must."""
+
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from lora_mini_jax import (
+    Target,
+    TrainState,
+    UserError,
+    init,
+    linen,
+    make_train_step,
+    select,
+    sharding,
+)
+from lora_mini_jax.checkpoint import Checkpoints
+from lora_mini_jax.collectives import Collective, collectives
+from lora_mini_jax.methods import METHODS, Full, SwitchLoRA
+from lora_mini_jax.tree import parameters
+from tests.cases import CASES, Case, cross_entropy, random_params, randomised
+from tests.test_laws import close
+
+# One of every class, and the form of one that reads the kernel where the others do not.
+CHOSEN = {next(c.name for c in CASES if type(c.method) is kind) for kind in METHODS.values()}
+every_method = pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in CHOSEN | {"miss-bat"}], ids=lambda case: case.name
+)
+VOCAB, WIDTH, HEADS, LAYERS, ROWS, LENGTH = 20, 16, 2, 2, 8, 5
+TOKENS = jnp.asarray(np.random.default_rng(3).integers(0, VOCAB, (ROWS, LENGTH)))
+
+
+class Block(nn.Module):
+    """A kernel with its heads as axes of their own, and one that takes them back."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+        h = jnp.tanh(nn.DenseGeneral((HEADS, 12), name="up")(x))
+        return x + nn.DenseGeneral(WIDTH, axis=(-2, -1), name="o_proj")(h), None
+
+
+class Model(nn.Module):
+    """Embedding, stacked blocks or a row of them, and the embedding again."""
+
+    stacked: bool = True
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        table = nn.Embed(VOCAB, WIDTH, name="embed")
+        x = nn.RMSNorm(name="first")(table(tokens))
+        if self.stacked:
+            each: dict[str, Any] = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+            x, _ = nn.scan(Block, length=LAYERS, **each)(name="layers")(x, None)
+        else:
+            for i in range(LAYERS):
+                x, _ = Block(name=f"layers_{i}")(x)
+        return table.attend(x)
+
+
+@cache
+def made(stacked: bool = True) -> tuple[Any, Any, tuple[Target, ...]]:
+    model = Model(stacked)
+    params = random_params(model, TOKENS)
+    return model, params, linen.targets(model, params, TOKENS)
+
+
+def on_mesh(sizes: str, params: Any, adapter: Any, targets: Any) -> tuple[Any, Any, Any]:
+    """Parameters, adapter and the tokens on the devices of a mesh."""
+    mesh = sharding.make_mesh(sizes)
+    return (
+        jax.device_put(params, sharding.of_params(mesh, params, targets)),
+        jax.device_put(adapter, sharding.of_adapter(mesh, adapter)),
+        jax.device_put(TOKENS, sharding.of_batch(mesh)),
+    )
+
+
+def loss_of(model: nn.Module) -> Any:
+    apply = linen.adapt(model)
+    return lambda params, adapter, batch, key: cross_entropy(apply(params, adapter, batch), batch)
+
+
+def program(
+    sizes: str, method: Any, which: str = "all-linear", stacked: bool = False
+) -> tuple[list[Collective], Any]:
+    """What the devices exchange in a training step, and the adapter that is trained."""
+    model, params, targets = made(stacked)
+    chosen = select(parameters(params, targets), which)
+    params, adapter, batch = on_mesh(sizes, params, init(params, method, chosen), targets)
+    tx = optax.adam(1e-2)
+    state = sharding.settled(batch.sharding.mesh, TrainState.create(adapter, tx))
+    step: Any = make_train_step(loss_of(model), tx, like=state)
+    return collectives(step.lower(state, params, batch).compile()), adapter
+
+
+@every_method
+def test_ten_steps_on_eight_devices_are_those_on_one(case: Case):
+    model, params, targets = made()
+    adapter = randomised(init(params, case.method, targets, 7), 0.05)
+    tx = optax.adam(1e-2, eps=1e-3)  # with its usual eps it makes steps out of rounding errors
+
+    def run(params: Any, state: TrainState, batch: Any, like: TrainState | None) -> Any:
+        step: Any = make_train_step(loss_of(model), tx, like=like)
+        seen = []
+        for _ in range(10):
+            state, metrics = step(state, params, batch)
+            seen.append((metrics.loss, metrics.grad_norm))
+        assert step._cache_size() == 1
+        return np.asarray(seen), state.adapter
+
+    alone = run(params, TrainState.create(adapter, tx), TOKENS, None)
+    sharded, placed, batch = on_mesh("data=2,fsdp=2,tensor=2", params, adapter, targets)
+    state = sharding.settled(batch.sharding.mesh, TrainState.create(placed, tx))
+    before = jax.tree.map(lambda leaf: leaf.sharding, placed)
+    together = run(sharded, state, batch, state)
+    np.testing.assert_allclose(together[0], alone[0], rtol=1e-5, atol=1e-5)
+    close(together[1].trainable, alone[1].trainable, 1e-4)
+    assert jax.tree.map(lambda leaf: leaf.sharding, together[1]) == before
+
+
+@pytest.mark.parametrize("name", ["lora", "lora-mini-orthogonal", "dora", "miss", "vera"])
+def test_data_parallel_devices_exchange_trained_gradients_alone(name: str):
+    method = next(case.method for case in CASES if case.name == name)
+    exchanged, adapter = program("data=8", method)
+    assert {each.kind for each in exchanged} == {"all-reduce"}
+    shapes = Counter(tuple(sorted(shape)) for each in exchanged for shape in each.shapes if shape)
+    leaves = jax.tree.leaves(adapter.trainable)
+    assert shapes == Counter(tuple(sorted(leaf.shape)) for leaf in leaves)  # some are transposed
+    trained = sum(leaf.nbytes for leaf in leaves)
+    assert 0 <= sum(each.bytes for each in exchanged) - trained <= 16  # the loss and its like
+    # A layer in a scan exchanges its own at every turn.
+    exchanged, adapter = program("data=8", method, stacked=True)
+    trained = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter.trainable))
+    assert 0 <= sum(each.bytes * each.times for each in exchanged) - trained <= 16
+
+
+@pytest.mark.parametrize("name", ["lora", "lora-mini-orthogonal", "dora", "miss", "vera"])
+def test_no_kernel_is_gathered_that_the_bare_model_would_not_gather(name: str):
+    method = next(case.method for case in CASES if case.name == name)
+    kernels = {target.shape for target in made(stacked=False)[2]}
+
+    def gathered(exchanged: list[Collective]) -> Counter:
+        kind = (each for each in exchanged if each.kind == "all-gather")
+        return Counter(shape for each in kind for shape in each.shapes if shape in kernels)
+
+    # Training the first norm alone takes the bare model's way, forward and all the way back.
+    bare, _ = program("fsdp=8", Full(), "first")
+    assert gathered(bare)
+    adapted, _ = program("fsdp=8", method)
+    assert not gathered(adapted) - gathered(bare)
+
+
+def test_leaves_are_split_as_the_side_of_the_kernel_they_run_along():
+    _, params, targets = made()
+    mesh = sharding.make_mesh("data=2,fsdp=2,tensor=2")
+    mini = next(case.method for case in CASES if case.name == "lora-mini-orthogonal")
+    of: Any = sharding.of_adapter(mesh, init(params, mini, targets))
+    up, down = of.frozen["layers/up/kernel"], of.frozen["layers/o_proj/kernel"]
+    assert up["A_aux"].spec == P(None, "fsdp", None)
+    assert up["B_aux"].spec == P(None, None, "tensor")
+    assert down["A_aux"].spec == P(None, "tensor", None)
+    assert {leaf.spec for leaf in of.trainable["layers/up/kernel"].values()} == {
+        P(None, None, None)
+    }
+    kernels = sharding.of_params(mesh, params, targets)
+    assert kernels["layers"]["up"]["kernel"].spec == P(None, "fsdp", "tensor", None)
+    assert kernels["first"]["scale"].spec == P()
+    own = sharding.of_params(mesh, params, targets, {"up/kernel": (None, "data")})
+    assert own["layers"]["up"]["kernel"].spec == P(None, None, "data", None)
+
+
+def test_a_side_that_the_mesh_does_not_divide_stays_whole():
+    odd = Target("up/kernel", (7, 12))
+    mesh = sharding.make_mesh("fsdp=2,tensor=4")
+    params = {"up": {"kernel": jnp.ones((7, 12))}}
+    assert sharding.of_params(mesh, params, [odd])["up"]["kernel"].spec == P(None, "tensor")
+
+
+@pytest.mark.parametrize("sizes", ["data=3", "rows=8", "data", "data=0", "", "data=-1,fsdp=-1"])
+def test_a_mesh_that_is_none_is_refused(sizes: str):
+    with pytest.raises(UserError, match="mesh"):
+        sharding.make_mesh(sizes)
+
+
+def test_what_is_left_of_the_devices_is_taken_and_rows_must_be_split():
+    mesh = sharding.make_mesh("fsdp=2,data=-1")
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    sharding.check_rows(mesh, 16)
+    with pytest.raises(UserError, match="multiple of 8"):
+        sharding.check_rows(mesh, 12)
+
+
+def test_a_checkpoint_goes_on_on_another_mesh_and_on_none(tmp_path: Path):
+    _, params, targets = made()
+    method, tx = SwitchLoRA(rank=2, interval0=4.0), optax.adam(1e-2)
+    adapter = randomised(init(params, method, targets), 0.05)
+
+    def state_on(sizes: str) -> TrainState:
+        _, placed, batch = on_mesh(sizes, params, adapter, targets)
+        return sharding.settled(batch.sharding.mesh, TrainState.create(placed, tx))
+
+    saved = state_on("fsdp=4,tensor=2")
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(saved)
+        for fresh in (state_on("data=2,tensor=4"), TrainState.create(adapter, tx)):
+            found: Any = checkpoints.restore(fresh)
+            places = jax.tree.map(lambda leaf: leaf.sharding, (found, fresh))
+            assert places[0] == places[1]
+            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(saved), strict=True):
+                np.testing.assert_array_equal(a, b)
