@@ -17,7 +17,7 @@ from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import fold_path, split_key
 from lora_mini_jax.plan import Site
 from lora_mini_jax.selection import listing
-from lora_mini_jax.tree import check_fit, flatten, over_lead, unflatten
+from lora_mini_jax.tree import check_fit, dense, flatten, over_lead, unflatten
 from lora_mini_jax.views import View
 
 Array = jax.Array
@@ -50,7 +50,7 @@ def marked(params: Mapping[str, Any], factors: Mapping[str, dict[str, Array]]) -
 def of_layer(module: Any, view: View) -> tuple[Array, Mapping[str, Array]]:
     """The kernel of a Linen layer in a call with `marked` parameters, and its factors."""
     beside = module.get_variable("params", view.leaf + SUFFIX)
-    return module.get_variable("params", view.leaf), beside.factors
+    return dense(module.get_variable("params", view.leaf)), beside.factors
 
 
 def prepared(
@@ -95,7 +95,7 @@ def _shifted(params: Mapping[str, Any], adapter: Adapter, factors: Any) -> dict[
         path = site.target.path
         shift = site.method.shift(factors[path])
         if shift is not None:
-            flat[path] = (flat[path] + site.target.unmatrix(shift)).astype(flat[path].dtype)
+            flat[path] = (dense(flat[path]) + site.target.unmatrix(shift)).astype(flat[path].dtype)
     return unflatten(flat)
 
 

@@ -22,6 +22,7 @@ from lora_mini_jax.options import (
     Merge,
     MethodOptions,
     Methods,
+    Predict,
     Pretrain,
     from_file,
 )
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Any] = {
     "methods": Methods,
     "inspect": Inspect,
     "generate": Generate,
+    "predict": Predict,
     "merge": Merge,
     "export": Export,
     "demo": Demo,
@@ -99,6 +101,8 @@ def run(options: Any) -> None:
         print(function("inspect", "methods_text")())
     elif isinstance(options, Generate):
         function("commands", "run_generate")(options)
+    elif isinstance(options, Predict):
+        function("predict", "run_predict")(options)
     elif isinstance(options, Merge):
         function("commands", "run_merge")(options)
     elif isinstance(options, Export):
@@ -109,9 +113,12 @@ def run(options: Any) -> None:
 
 def say_summary(summary: dict[str, Any], options: Finetune) -> None:
     """The end of a fine-tuning run: the table, and where things are."""
-    from lora_mini_jax.report import table_row, table_text
+    from lora_mini_jax.report import kept_text
+    from lora_mini_jax.tables import table_row, table_text
 
     print(table_text([table_row(summary["method"], [summary])]))
+    if kept := kept_text(summary):
+        print(kept.strip())
     print(f"adapter: {options.output_dir}/adapter\nreport:  {options.output_dir}/report.html")
 
 

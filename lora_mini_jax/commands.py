@@ -7,6 +7,7 @@ from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.data import load_tokenizer
 from lora_mini_jax.decode import generate
 from lora_mini_jax.finetune import Log
+from lora_mini_jax.head import head_of, load_for
 from lora_mini_jax.models import load
 from lora_mini_jax.models import save as save_model
 from lora_mini_jax.models.hub import resolve
@@ -51,7 +52,7 @@ def run_merge(options: Merge, say: Log = print) -> None:
         UserError: a model or adapter that cannot be used, or an output folder that is not empty.
     """
     folder = resolve(options.model)
-    model, params = load(folder)
+    model, params = load_for(options.adapter, folder)
     allow = options.allow_different_base
     adapter = storage.load(options.adapter, params, allow_different_base=allow)
     merged = merge(params, adapter)
@@ -66,7 +67,7 @@ def run_export(options: Export, say: Log = print) -> None:
     Raises:
         UserError: a model or adapter that cannot be used, or a method that PEFT has no form of.
     """
-    model, params = load(resolve(options.model))
+    model, params = load_for(options.adapter, resolve(options.model))
     allow = options.allow_different_base
     adapter = storage.load(options.adapter, params, allow_different_base=allow)
     peft.save(
@@ -76,6 +77,6 @@ def run_export(options: Export, say: Log = print) -> None:
         names=peft.names_of(model),
         base=options.model,
         as_lora=options.as_lora,
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if head_of(options.adapter) is None else "SEQ_CLS",
     )
     say(f"PEFT adapter: {options.output_dir}")

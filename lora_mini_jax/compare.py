@@ -6,15 +6,14 @@ from typing import Any
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import write_json
 from lora_mini_jax.finetune import Log, finetune
-from lora_mini_jax.models.hub import load_module
 from lora_mini_jax.options import Compare, to_json
-from lora_mini_jax.report import compare_report, label, table_row, table_text
+from lora_mini_jax.report import compare_report
 from lora_mini_jax.runs import RunFolder
-from lora_mini_jax.task import planned_sites
+from lora_mini_jax.tables import label, table_row, table_text
+from lora_mini_jax.task import planned
 
 Row = dict[str, Any]
-ROW = ("method", "settings", "trainable", "trainable_share", "valid_loss_before",
-       "valid_loss_after", "valid_right_before", "valid_right_after", "step_seconds", "step_bytes",
+ROW = ("method", "settings", "trainable", "trainable_share", "step_seconds", "step_bytes",
        "adapter_bytes", "seconds")  # fmt: skip
 
 
@@ -24,7 +23,8 @@ def compare(options: Compare, say: Log = print, title: str = "Comparison") -> li
     Runs that are finished are not run again, so an interrupted comparison goes on.
 
     Returns:
-        One row a run: ``ROW``'s entries, with the seed and the method's settings as given.
+        One row a run: ``ROW``'s entries and the task's measures (``valid_loss_after``), with the
+        seed and the method's settings as given.
 
     Raises:
         UserError: as `finetune`.
@@ -39,7 +39,8 @@ def compare(options: Compare, say: Log = print, title: str = "Comparison") -> li
             say(f"{spec}, seed {seed}")
             summary = finetune(one, say)
             runs.setdefault(spec, []).append((summary, RunFolder(one).metrics()))
-            rows.append({**{n: summary[n] for n in ROW}, "spec": spec, "seed": seed})
+            kept = {n: v for n, v in summary.items() if n in ROW or n.startswith("valid_")}
+            rows.append({**kept, "spec": spec, "seed": seed})
     record = {"model": options.model, "rows": rows, "options": to_json(options)}
     write_json(folder / "summary.json", record)
     page = compare_report(folder, title, runs)
@@ -52,10 +53,9 @@ def compare(options: Compare, say: Log = print, title: str = "Comparison") -> li
 
 def check_plans(options: Compare) -> None:
     """Whether every method can adapt the model as it is told to, before the first is trained."""
-    model = load_module(options.model)
     for spec in options.methods:
         try:
-            planned_sites(options.run_options(spec, options.seeds[0]), model)
+            planned(options.run_options(spec, options.seeds[0]))
         except UserError as error:
             raise UserError(f"{spec}: {error}") from None
 

@@ -6,9 +6,9 @@ from statistics import median
 import jax
 
 from lora_mini_jax.adapter import Adapter, count, draw
+from lora_mini_jax.best import Best
 from lora_mini_jax.calibration import calibrate
 from lora_mini_jax.choice import agreed
-from lora_mini_jax.decode import generate
 from lora_mini_jax.loop import Log, fit
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.report import run_report
@@ -17,7 +17,6 @@ from lora_mini_jax.schedule import of_length, optimizer
 from lora_mini_jax.search_run import searched
 from lora_mini_jax.storage import save
 from lora_mini_jax.task import Task, prepare
-from lora_mini_jax.train import TrainState
 
 CALIBRATION_BATCHES = 8
 """Batches of training data for factors that come from data."""
@@ -49,58 +48,61 @@ def finetune(options: Finetune, say: Log = print) -> Row:
 
     # Training, with the held-out loss before and after.
     steps = total_steps(options, len(task.train))
-    texts_before = samples(task, options, None)
+    before = task.samples(None)
     sites = of_length(task.sites, steps, options.parsed_settings())
     adapter = draw(task.params, sites, options.seed)
     first = (task.train.batch(i) for i in range(min(CALIBRATION_BATCHES, steps)))
     adapter = calibrate(adapter, task.params, task.loss, first, has_aux=True)
     adapter = searched(options, folder, task, adapter, steps, say)
     tx = optimizer(options, steps, adapter.sites, options.lora_plus_ratio)
-    state = fit(options, folder, task, adapter, tx, steps, say)
+    best = Best(folder, task, options.selects_by, options.model) if options.keeps_best else None
+    state = fit(options, folder, task, adapter, tx, steps, say, best)
 
     # After.
-    save(folder.adapter, state.adapter, task.params, base=options.model)
-    texts = list(zip(texts_before, samples(task, options, state.adapter), strict=True))
-    summary = summarize(options, task, state, folder, texts)
+    kept = state.adapter
+    if best:
+        kept = best.load()
+    else:
+        save(folder.adapter, kept, task.params, base=options.model, task=task.record)
+    samples = [{"prompt": prompt, "before": text, "after": after} for (prompt, text), (_, after)
+               in zip(before, task.samples(kept), strict=True)]  # fmt: skip
+    step = best.step if best else steps
+    summary = summarize(options, task, kept, folder, step) | {"samples": samples}
     run_report(folder.path, summary, folder.metrics())
     folder.finish(summary)
     return summary
 
 
 def summarize(
-    options: Finetune,
-    task: Task,
-    state: TrainState,
-    folder: RunFolder,
-    texts: list[tuple[str, str]],
+    options: Finetune, task: Task, adapter: Adapter, folder: RunFolder, step: int | None
 ) -> Row:
-    """What a finished run found; ``texts`` are the samples before and after."""
+    """What a finished run found; ``adapter`` is the one that was saved, that of ``step``."""
     rows = folder.metrics()
-    held_out = [row["valid_loss"] for row in rows if "valid_loss" in row]
-    right = [row["valid_right"] for row in rows if "valid_right" in row]
+    held_out = [row for row in rows if "valid_loss" in row]
+    after = next(row for row in reversed(held_out) if row["step"] == step)
+    measures = [name for name in after if name.startswith("valid_")]
     times = [row["step_seconds"] for row in rows if "step_seconds" in row]
-    trainable = count(state.adapter)
+    trainable = count(adapter)
     return {
         "model": options.model,
         "method": options.method,
-        "settings": [m.to_dict() for m in dict.fromkeys(s.method for s in state.adapter.sites)],
+        "settings": [m.to_dict() for m in dict.fromkeys(s.method for s in adapter.sites)],
         "seed": options.seed,
-        "steps": int(state.step),
+        "steps": max(row["step"] for row in rows),
+        "task": options.glue or options.task,
+        "loss": task.loss_name,
+        "metric": options.selects_by,
+        "kept": "best" if options.keeps_best else "last",
+        "kept_step": step,
         "trainable": trainable,
         "trainable_share": trainable / sum(x.size for x in jax.tree.leaves(task.params)),
-        "valid_loss_before": held_out[0],
-        "valid_loss_after": held_out[-1],
-        "valid_right_before": right[0],
-        "valid_right_after": right[-1],
+        **{f"{name}_before": held_out[0][name] for name in measures},
+        **{f"{name}_after": after[name] for name in measures},
         "step_seconds": median(times[1:] or times),  # the first has the warming up in it
         "step_bytes": next((row["step_bytes"] for row in rows if "step_bytes" in row), None),
         "adapter_bytes": sum(file.stat().st_size for file in folder.adapter.iterdir()),
         "seconds": round(max(row["seconds"] for row in rows), 1),
         "notes": task.notes,
-        "samples": [
-            {"prompt": task.tokenizer.decode(prompt), "before": before, "after": after}
-            for prompt, (before, after) in zip(task.prompts, texts, strict=True)
-        ],
     }
 
 
@@ -108,15 +110,3 @@ def total_steps(options: Finetune, steps_per_epoch: int) -> int:
     """How many updates the options ask for."""
     steps = max(1, math.ceil(options.epochs * steps_per_epoch))
     return min(steps, options.max_steps) if options.max_steps else steps
-
-
-def samples(task: Task, options: Finetune, adapter: Adapter | None) -> list[str]:
-    """What the model writes after the held-out prompts, greedily."""
-    written = generate(
-        task.model,
-        task.params,
-        task.prompts,
-        adapter=adapter,
-        max_new_tokens=options.max_new_tokens,
-    )
-    return [task.tokenizer.decode(ids) for ids in written]

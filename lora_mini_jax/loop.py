@@ -7,6 +7,7 @@ import numpy as np
 import optax
 
 from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.best import Best
 from lora_mini_jax.checkpoint import Checkpoints
 from lora_mini_jax.meter import Meter
 from lora_mini_jax.options import Training
@@ -26,6 +27,7 @@ def fit(
     tx: optax.GradientTransformation,
     steps: int,
     say: Log,
+    best: Best | None = None,
 ) -> TrainState:
     """Train up to ``steps`` updates, from the newest checkpoint on; returns the last state.
 
@@ -40,11 +42,13 @@ def fit(
         tx: the optimiser.
         steps: how many updates in all.
         say: what to do with a line of text for the user.
+        best: where the best adapter is kept, if it is; every evaluation then has a checkpoint.
 
     Raises:
         UserError: a loss that is not finite; a damaged checkpoint; a full disk.
     """
     state = TrainState.create(adapter, tx, options.seed)
+    every = options.eval_every or task.eval_every
     evaluate, step = make_evaluate(task), make_train_step(task.loss, tx, has_aux=True)
     with Checkpoints(folder.checkpoints) as checkpoints:
         state = checkpoints.restore(state) or state
@@ -52,6 +56,8 @@ def fit(
         if start:
             say(f"going on from step {start} of {steps}")
         folder.rewind(start if start else -1)
+        if best and start:
+            best.update(state)
         with Meter(options, folder, start, steps, learning_rate(options, steps)) as meter:
             if start == 0:
                 meter.evaluated(evaluate(state.adapter))
@@ -63,28 +69,28 @@ def fit(
                 state, metrics = step(state, task.params, batch)
                 meter.add(metrics, int(np.count_nonzero(batch["segment_ids"])))
                 done = i + 1
-                if _due(done, options.eval_every, steps) and done < steps:
+                evaluated = done < steps and _due(done, every, steps)
+                if evaluated:
                     meter.flush()
                     meter.evaluated(evaluate(state.adapter))
-                if _due(done, options.save_every, steps):
+                if _due(done, options.save_every, steps) or (best and evaluated):
                     meter.flush()  # also refuses to save after a loss that is not finite
                     checkpoints.save(state)
+                if best and evaluated:
+                    best.update(state)
             meter.evaluated(evaluate(state.adapter))
+            if best:
+                best.update(state)
     return state
 
 
 def make_evaluate(task: Task) -> Callable[[Adapter], Row]:
-    """Compile ``evaluate(adapter)``: on the held-out data, ``valid_loss``, the mean in nats per
-    token that counts, and ``valid_right``, the share of examples predicted without a mistake."""
+    """Compile ``evaluate(adapter)``, which gives the task's measures on the held-out data."""
     compiled = jax.jit(task.score)
 
     def evaluate(adapter: Adapter) -> Row:
-        parts = [compiled(task.params, adapter, b) for b in task.valid.eval_batches()]
-        total, tokens, right, examples = np.sum(np.asarray(parts, np.float64), axis=0)
-        return {
-            "valid_loss": float(total / max(tokens, 1)),
-            "valid_right": float(right / max(examples, 1)),
-        }
+        scores = [compiled(task.params, adapter, b) for b in task.valid.eval_batches()]
+        return task.measures(jax.device_get(scores))
 
     return evaluate
 

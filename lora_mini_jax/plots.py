@@ -7,12 +7,17 @@ from typing import Any
 Points = tuple[Sequence[float], Sequence[float]]
 
 
-def loss_curves(curves: Mapping[str, Points], held_out: Mapping[str, Points]) -> str:
+def loss_curves(
+    curves: Mapping[str, Points],
+    held_out: Mapping[str, Points],
+    name: str = "loss, nats per token",
+) -> str:
     """Training loss by step as lines, held-out loss as dots joined by dashes; one colour a run.
 
     Args:
         curves: ``{run: (steps, losses)}``.
         held_out: the same for the held-out loss.
+        name: of what is drawn.
     """
     figure, axes = _figure(7.5, 4)
     for i, (name, (steps, losses)) in enumerate(curves.items()):
@@ -20,18 +25,24 @@ def loss_curves(curves: Mapping[str, Points], held_out: Mapping[str, Points]) ->
     for i, (steps, losses) in enumerate(held_out.values()):
         axes.plot(steps, losses, "o--", color=f"C{i}", ms=4, lw=0.8)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per token; dots: held out")
+    axes.set_ylabel(f"{name}; dots: held out" if held_out else name)
     _legend(axes)
     return _svg(figure)
 
 
-def loss_against(cost: str, points: Mapping[str, Points], before: float) -> str:
+def loss_against(
+    cost: str,
+    points: Mapping[str, Points],
+    before: float,
+    name: str = "held-out loss, nats per token",
+) -> str:
     """Held-out loss after training against what it cost (``"trained parameters"``), a dot a seed.
 
     Args:
         cost: what the first of each pair of numbers is.
         points: ``{run: (costs, losses)}``, a number for each seed.
         before: the loss before training.
+        name: of the second of each pair of numbers, where that is not the loss.
     """
     figure, axes = _figure(7.5, 4)
     for i, (name, (costs, losses)) in enumerate(points.items()):
@@ -39,7 +50,7 @@ def loss_against(cost: str, points: Mapping[str, Points], before: float) -> str:
     axes.axhline(before, color="0.6", lw=0.8, ls=":", label="before training")
     _log_axis(axes.xaxis)
     axes.set_xlabel(cost)
-    axes.set_ylabel("held-out loss, nats per token")
+    axes.set_ylabel(name)
     _legend(axes)
     return _svg(figure)
 

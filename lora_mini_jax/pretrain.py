@@ -19,10 +19,11 @@ from lora_mini_jax.loop import Log, fit
 from lora_mini_jax.models import save
 from lora_mini_jax.options import Pretrain
 from lora_mini_jax.plots import loss_curves
-from lora_mini_jax.report import points, settings_html, table_html, table_text, write_page
+from lora_mini_jax.report import points, settings_html, write_page
 from lora_mini_jax.runs import Row, RunFolder
 from lora_mini_jax.schedule import optimizer
 from lora_mini_jax.scratch import begin, prepare
+from lora_mini_jax.tables import table_html, table_text
 from lora_mini_jax.task import Task
 from lora_mini_jax.train import TrainState
 from lora_mini_jax.transform import merge

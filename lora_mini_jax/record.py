@@ -22,7 +22,12 @@ FORMAT = 1
 
 
 def to_text(
-    adapter: Adapter, params: Mapping[str, Any], *, drawn_again: dict[str, Factors], base: str
+    adapter: Adapter,
+    params: Mapping[str, Any],
+    *,
+    drawn_again: dict[str, Factors],
+    base: str,
+    task: Mapping[str, Any] | None = None,
 ) -> str:
     """The file's text: a line an entry, not a line a number, so that it is small and readable.
 
@@ -32,6 +37,7 @@ def to_text(
     record = {
         "format": FORMAT,
         "base": base,
+        **({} if task is None else {"task": dict(task)}),
         "key": np.asarray(adapter.key).tolist(),
         "methods": [method.to_dict() for method in methods],
         "sites": [
@@ -52,6 +58,7 @@ class Record(NamedTuple):
     sites: tuple[Site, ...]
     digests: dict[str, dict[str, list[float]]]
     fingerprint: list[list[float]]
+    task: dict[str, Any] | None
 
 
 def read_record(record: Any, folder: Path) -> Record:
@@ -70,7 +77,8 @@ def read_record(record: Any, folder: Path) -> Record:
         if key.shape != (2,) or not all(marks):
             raise ValueError("key or base_fingerprint is of the wrong shape")
         digests = {site["path"]: dict(site.get("digest", {})) for site in record["sites"]}
-        return Record(str(record["base"]), jnp.asarray(key), sites, digests, marks)
+        task = None if record.get("task") is None else dict(record["task"])
+        return Record(str(record["base"]), jnp.asarray(key), sites, digests, marks, task)
     except (TypeError, KeyError, IndexError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{folder}/adapter.json is damaged: {error}") from None
 

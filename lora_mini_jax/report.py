@@ -3,26 +3,13 @@
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from lora_mini_jax.files import read_json, write_text
 from lora_mini_jax.plots import Points, heat_map, loss_against, loss_curves
+from lora_mini_jax.tables import MEASURES, label, table_html, table_row
 
 Row = dict[str, Any]
-
-COLUMNS = {
-    "method": "method",
-    "trainable": "trained parameters",
-    "share": "share of the model",
-    "before": "held-out loss before",
-    "after": "held-out loss after",
-    "right": "examples right",
-    "step_seconds": "seconds a step",
-    "step_bytes": "bytes of a step",
-    "adapter_bytes": "adapter bytes",
-    "seconds": "seconds",
-}
 
 COSTS = {
     "trainable": "trained parameters",
@@ -50,12 +37,15 @@ pre { background: #f4f6f8; padding: .8em; white-space: pre-wrap; border-radius: 
 
 def run_report(folder: Path, summary: Row, metrics: Sequence[Row]) -> Path:
     """Write ``report.html`` of one run; returns its path."""
-    name = summary["method"]
+    name, metric = summary["method"], summary["metric"]
     return write_page(
         folder / "report.html",
         f"Fine-tuning with {name}",
         table_html([table_row(name, [summary])]),
-        loss_curves({name: points(metrics, "loss")}, {name: points(metrics, "valid_loss")}),
+        loss_curves(
+            {name: points(metrics, "loss")}, {name: points(metrics, "valid_loss")}, summary["loss"]
+        ),
+        metric_curves({name: points(metrics, f"valid_{metric}")}, metric),
         matrix_html(folder / "matrix.json"),
         samples_html({name: summary["samples"]}),
         settings_html({name: summary}),
@@ -69,7 +59,10 @@ def compare_report(
     runs = {label(spec): seeds for spec, seeds in runs.items()}
     first = {name: seeds[0] for name, seeds in runs.items()}
     summaries = {name: [summary for summary, _ in seeds] for name, seeds in runs.items()}
-    before = next(iter(first.values()))[0]["valid_loss_before"]
+    one = next(iter(first.values()))[0]
+    # Runs of earlier versions do not say what they are: they are of language.
+    metric, loss = one.get("metric", "loss"), one.get("loss", "loss, nats per token")
+    before, quality = one[f"valid_{metric}_before"], MEASURES.get(metric, loss)
     return write_page(
         folder / "report.html",
         title,
@@ -77,68 +70,33 @@ def compare_report(
         loss_curves(
             {name: points(metrics, "loss") for name, (_, metrics) in first.items()},
             {name: points(metrics, "valid_loss") for name, (_, metrics) in first.items()},
+            loss,
         ),
-        *(loss_against(name, costs(summaries, cost), before) for cost, name in COSTS.items()),
+        metric_curves(
+            {name: points(metrics, f"valid_{metric}") for name, (_, metrics) in first.items()},
+            metric,
+        ),
+        *(
+            loss_against(what, costs(summaries, cost, metric), before, f"held-out {quality}")
+            for cost, what in COSTS.items()
+        ),
         samples_html({name: summary["samples"] for name, (summary, _) in first.items()}),
         settings_html({name: summary for name, (summary, _) in first.items()}),
     )
 
 
-def costs(summaries: Mapping[str, Sequence[Row]], cost: str) -> dict[str, Points]:
-    """A cost and the loss it bought, by run and seed, where the cost is known."""
+def metric_curves(curves: Mapping[str, Points], metric: str) -> str:
+    """What selects, by step; nothing where that is the loss, which has a picture."""
+    return loss_curves(curves, {}, f"held-out {MEASURES[metric]}") if metric in MEASURES else ""
+
+
+def costs(summaries: Mapping[str, Sequence[Row]], cost: str, metric: str) -> dict[str, Points]:
+    """A cost and the quality it bought, by run and seed, where the cost is known."""
     found: dict[str, Points] = {}
     for name, each in summaries.items():
         known = [s for s in each if s.get(cost) is not None]
-        found[name] = [s[cost] for s in known], [s["valid_loss_after"] for s in known]
+        found[name] = [s[cost] for s in known], [s[f"valid_{metric}_after"] for s in known]
     return found
-
-
-def label(spec: str) -> str:
-    """A run's spec as people read it: ``lora:rank=8,alpha=4`` is ``lora rank=8 alpha=4``."""
-    return spec.replace(":", " ").replace(",", " ")
-
-
-def table_row(name: str, seeds: Sequence[Row]) -> dict[str, str]:
-    """One line of the table, means over the seeds; the spread is their standard deviation."""
-    one = seeds[0]
-    after = [s["valid_loss_after"] for s in seeds]
-    spread = f" ± {stdev(after):.3f}" if len(after) > 1 else ""
-    return {
-        "method": name,
-        "trainable": f"{one['trainable']:,}",
-        "share": f"{one['trainable_share']:.2%}",
-        "before": f"{mean(s['valid_loss_before'] for s in seeds):.3f}",
-        "after": f"{mean(after):.3f}{spread}",
-        "right": f"{mean(s['valid_right_after'] for s in seeds):.1%}",
-        "step_seconds": f"{mean(s['step_seconds'] for s in seeds):.3f}",
-        "step_bytes": f"{one['step_bytes']:,}" if one["step_bytes"] else "unknown",
-        "adapter_bytes": f"{one['adapter_bytes']:,}",
-        "seconds": f"{mean(s['seconds'] for s in seeds):.0f}",
-    }
-
-
-def table_text(rows: Sequence[Mapping[str, str]], columns: Mapping[str, str] = COLUMNS) -> str:
-    """The table for a terminal."""
-    lines = [list(columns.values()), *([row[c] for c in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
-
-
-def table_html(rows: Iterable[Mapping[str, str]], columns: Mapping[str, str] = COLUMNS) -> str:
-    """The table for a page."""
-    head = "".join(f"<th>{name}</th>" for name in columns.values())
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(row[c])}</td>" for c in columns) + "</tr>"
-        for row in rows
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def samples_html(samples: Mapping[str, Sequence[Row]]) -> str:
@@ -171,11 +129,20 @@ def settings_html(summaries: Mapping[str, Row]) -> str:
     lines = [
         f"<p>{html.escape(name)}: {html.escape(str(s['settings']))}, seed {s['seed']}, "
         f"{s['steps']} steps on {html.escape(s['model'])}."
+        + html.escape(kept_text(s))
         + "".join(f" {html.escape(note)}." for note in s["notes"])
         + "</p>"
         for name, s in summaries.items()
     ]
     return "<h2>Settings</h2>" + "".join(lines)
+
+
+def kept_text(summary: Row) -> str:
+    """Which step's adapter was saved, where that is not simply the last's."""
+    if summary.get("kept") != "best":
+        return ""
+    name = MEASURES.get(summary["metric"], summary["metric"])
+    return f" Kept is the adapter of step {summary['kept_step']}, the best by held-out {name}."
 
 
 def points(metrics: Iterable[Row], name: str) -> Points:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.files import read_json, write_json, write_text, writing
-from lora_mini_jax.options import Training, differences, to_json
+from lora_mini_jax.files import read_json, read_object, write_json, write_text, writing
+from lora_mini_jax.options import Training, defaults, differences, to_json
 
 Row = dict[str, Any]
 
@@ -25,7 +25,8 @@ class RunFolder:
         self.path = Path(options.output_dir)
         self._config, self._saved = to_json(options), self.path / "config.json"
         if self._saved.exists():
-            before = read_json(self._saved)
+            # A run from before there was some option did what that option's default says.
+            before = defaults(options) | read_object(self._saved)
             changed = differences(before, self._config, ignore=("output_dir",))
             if changed:
                 raise UserError(
@@ -50,7 +51,7 @@ class RunFolder:
 
     @property
     def adapter(self) -> Path:
-        """Where the finished adapter is."""
+        """Where the finished adapter is, and the best so far where that is kept."""
         return self.path / "adapter"
 
     @property

@@ -18,6 +18,7 @@ from lora_mini_jax.data import (
     thinned,
 )
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.language_task import LanguageTask, check_length
 from lora_mini_jax.methods import Full
 from lora_mini_jax.models import Llama, LlamaConfig
 from lora_mini_jax.models.hub import load_decoder_config
@@ -25,11 +26,11 @@ from lora_mini_jax.options import Pretrain
 from lora_mini_jax.plan import Site, plan
 from lora_mini_jax.schedule import of_length
 from lora_mini_jax.selection import select
-from lora_mini_jax.task import Task, all_targets, check_length
+from lora_mini_jax.task import all_targets
 from lora_mini_jax.tree import flatten, matrices, unflatten
 
 
-def prepare(options: Pretrain) -> Task:
+def prepare(options: Pretrain) -> LanguageTask:
     """The model as drawn from the seed, its sites and its text, everything checked.
 
     Raises:
@@ -44,7 +45,9 @@ def prepare(options: Pretrain) -> Task:
     train, valid = read_texts(options, tokenizer)
     tokens = jnp.zeros((1, 2), jnp.int32)
     params = jax.jit(model.init)(as_key(options.seed), tokens)["params"]
-    return Task(model, params, tokenizer, sites, train, valid, prompts=[], notes=[])
+    return LanguageTask(
+        model, params, sites, train, valid, notes=[], tokenizer=tokenizer, prompts=[]
+    )
 
 
 def shape(options: Pretrain, tokenizer: Tokenizer) -> LlamaConfig:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from lora_mini_jax.adapter import Adapter, as_key
-from lora_mini_jax.data import Batches, Packed
+from lora_mini_jax.data import Batches
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.methods.diffora import GATE
 from lora_mini_jax.train import LossFn, TrainState
@@ -44,7 +44,7 @@ def halves(batches: Batches, seed: int = 0) -> tuple[Batches, Batches]:
     order = np.random.default_rng(seed).permutation(rows)
     parts = np.sort(order[rows // 2 :]), np.sort(order[: rows // 2])
     one, other = (
-        Packed(**{name: array[part] for name, array in vars(batches.packed).items()})
+        replace(batches.packed, **{n: array[part] for n, array in vars(batches.packed).items()})
         for part in parts
     )
     return replace(batches, packed=one), replace(batches, packed=other)

@@ -32,6 +32,7 @@ def save(
     *,
     store_outer: bool = False,
     base: str = "",
+    task: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an adapter to a folder, whole or not at all; what was there before is replaced.
 
@@ -41,6 +42,7 @@ def save(
         params: the base parameters, of which a fingerprint is kept.
         store_outer: keep the frozen leaves too, instead of drawing them again when loading.
         base: a name or path of the base model, for whoever reads the file.
+        task: what it was trained for, as JSON; kept for `record_of`.
 
     Raises:
         UserError: a disk that is full, or a folder that cannot be written.
@@ -54,7 +56,7 @@ def save(
         with writing(folder):
             save_file(tensors, temporary / "adapter.safetensors")
         drawn_again = _drawn_again(adapter, stored["frozen"])
-        text = to_text(adapter, params, drawn_again=drawn_again, base=base)
+        text = to_text(adapter, params, drawn_again=drawn_again, base=base, task=task)
         write_text(temporary / "adapter.json", text)
 
 
@@ -73,10 +75,7 @@ def load(
         UserError: a folder or file that is missing, damaged or of another format; kernels that do
             not fit; another base model; frozen leaves that this machine draws differently.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no adapter folder {folder}")
-    record = read_record(read_json(folder / "adapter.json"), folder)
+    folder, record = Path(folder), record_of(folder)
     try:
         check(record.sites)
         drawn = draw(params, record.sites, record.key)  # checks every shape
@@ -87,6 +86,15 @@ def load(
     adapter = _fill(drawn, _read_tensors(folder), record.digests, folder)
     _check_digest(record.digests, adapter, folder, allow_different_base)
     return adapter
+
+
+def record_of(folder: str | Path) -> Record:
+    """What ``adapter.json`` says, the ``task`` and the ``base`` that `save` was given among it;
+    errors as in `load`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no adapter folder {folder}")
+    return read_record(read_json(folder / "adapter.json"), folder)
 
 
 def _stored(adapter: Adapter, store_outer: bool) -> dict[str, dict[str, Factors]]:

@@ -1,32 +1,27 @@
-"""What a training run works on: model, tokenizer and packed data, read and checked up front."""
+"""What a training run works on: model, data and loss, read and checked up front.
 
+`Task` is what all kinds have in common; a file for each kind makes and measures it:
+`language_task` for text that is continued, `label_task` for texts that have a class or a number.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_mini_jax import linen
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.budget import within
-from lora_mini_jax.data import (
-    Batches,
-    Encoded,
-    Packed,
-    Tokenizer,
-    encode_records,
-    examples_right,
-    load_tokenizer,
-    pack,
-    read_records,
-    token_loss,
-)
+from lora_mini_jax.data import Batches, Tokenizer, read_glue, read_records
+from lora_mini_jax.data.files import Record
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.models import Llama, LlamaConfig, load
-from lora_mini_jax.models.hub import load_decoder_config, resolve
 from lora_mini_jax.options import AdapterOptions, Finetune, one_or_names
 from lora_mini_jax.plan import Site, check, plan
 from lora_mini_jax.selection import select
@@ -36,19 +31,21 @@ HELD_OUT_SHARE = 0.05
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
-    """A model with its tokenizer, its data, and the kernels that are to be adapted."""
+class Task(ABC):
+    """A model with its data, and the kernels that are to be adapted."""
 
-    model: Llama
+    model: Any
     params: Any
-    tokenizer: Tokenizer
     sites: tuple[Site, ...]
     train: Batches
     valid: Batches
-    prompts: list[list[int]]
-    """Token ids of the first held-out prompts, for samples."""
     notes: list[str]
-    """What was left out of the data, in words."""
+    """What was left out of the data, and the like, in words."""
+
+    @property
+    @abstractmethod
+    def loss_name(self) -> str:
+        """What the loss is, for those who read it."""
 
     @cached_property
     def apply(self) -> Any:
@@ -56,27 +53,38 @@ class Task:
         return linen.adapt(self.model)
 
     def loss(self, params: Any, adapter: Adapter, batch: Any, key: jax.Array) -> tuple[Any, Any]:
-        """Mean loss over the batch's tokens that count (0 where none does), and their number."""
+        """Mean loss over what counts in the batch (0 where nothing does), and how much does."""
         total, number = self.summed_loss(params, adapter, batch, key)
         return total / jnp.maximum(number, 1), number
 
+    @abstractmethod
     def summed_loss(
         self, params: Any, adapter: Adapter, batch: Any, dropout_key: jax.Array | None = None
     ) -> tuple[Any, Any]:
-        """The summed loss of a batch and the number of tokens that count, float32."""
-        return token_loss(self.logits(params, adapter, batch, dropout_key), batch)
+        """The summed loss of a batch, and how many tokens or rows count in it; float32."""
 
-    def score(self, params: Any, adapter: Adapter, batch: Any) -> tuple[Any, ...]:
-        """Summed loss, tokens that count, examples that are right, examples; float32."""
-        logits = self.logits(params, adapter, batch)
-        return *token_loss(logits, batch), *examples_right(logits, batch)
+    @abstractmethod
+    def score(self, params: Any, adapter: Adapter, batch: Any) -> Any:
+        """What `measures` needs of one held-out batch: a tree of arrays. Pure, to be compiled."""
 
-    def logits(
-        self, params: Any, adapter: Adapter, batch: Any, dropout_key: jax.Array | None = None
-    ) -> jax.Array:
-        """(rows, length, vocabulary) float32."""
-        inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
-        return self.apply(params, adapter, *inputs, dropout_key=dropout_key)
+    @abstractmethod
+    def measures(self, scores: Sequence[Any]) -> dict[str, float]:
+        """The scores of all held-out batches as named numbers, ``valid_loss`` first."""
+
+    def samples(self, adapter: Adapter | None) -> list[tuple[str, str]]:
+        """Held-out prompts and what the model writes after them; by default there are none."""
+        return []
+
+    @property
+    def eval_every(self) -> int | None:
+        """Steps between two evaluations where nobody says; None for only before and after."""
+        return None
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """What is saved with an adapter so that the model can be put together again; None for a
+        model that is used as it is."""
+        return None
 
 
 def prepare(options: Finetune) -> Task:
@@ -86,33 +94,18 @@ def prepare(options: Finetune) -> Task:
         UserError: a model, tokenizer or data file that cannot be used, or kernels that the method
             cannot adapt.
     """
-    if not options.data:
-        raise UserError("no training data: give --data, a file, folder or hub id")
-    folder = resolve(options.model)
-    config = load_decoder_config(folder)
-    check_length(options.max_length, config)
-    sites = planned_sites(options, Llama(config))
-    tokenizer = load_tokenizer(folder)
-    train, valid = _encode(options, tokenizer)
-    _check_ids(tokenizer, config.vocab_size, train, valid)
-    dtype = jnp.dtype(options.dtype)
-    model, params = load(folder, dtype=dtype, remat=options.remat)
-    batches = [
-        Batches(_pack(encoded, options), options.batch_size, options.seed)
-        for encoded in (train, valid)
-    ]
-    notes = [*_notes(train, "training", options), *_notes(valid, "held-out", options)]
-    prompts = _prompts(valid, options)
-    return Task(model, params, tokenizer, sites, batches[0], batches[1], prompts, notes)
+    return _kind(options).prepare(options)
 
 
-def check_length(max_length: int, config: LlamaConfig) -> None:
-    """Raise `UserError` unless rows of this length fit the model."""
-    if max_length > config.max_position_embeddings:
-        raise UserError(
-            f"--max-length {max_length} exceeds the {config.max_position_embeddings} "
-            "positions of the model"
-        )
+def planned(options: Finetune) -> tuple[Site, ...]:
+    """What `prepare` would adapt, from the model's ``config.json`` alone; errors as there."""
+    return _kind(options).planned(options)
+
+
+def _kind(options: Finetune) -> ModuleType:
+    from lora_mini_jax import label_task, language_task  # which build on this file
+
+    return language_task if options.task == "language" else label_task
 
 
 def all_targets(model: nn.Module) -> tuple[tuple[Target, ...], tuple[Target, ...]]:
@@ -123,14 +116,25 @@ def all_targets(model: nn.Module) -> tuple[tuple[Target, ...], tuple[Target, ...
     return kernels, parameters(shapes, kernels)
 
 
-def planned_sites(options: AdapterOptions, model: nn.Module) -> tuple[Site, ...]:
-    """Which method adapts which kernel of a model; no weights are needed."""
+def planned_sites(
+    options: AdapterOptions, model: nn.Module, trunk: Sequence[str] = ()
+) -> tuple[Site, ...]:
+    """Which method adapts which kernel of a model; no weights are needed.
+
+    ``trunk`` are the top modules beside which a head is trained whole, unless ``modules_to_save``
+    says what is. A kernel of that head is the method's only where ``target_modules`` names it.
+    """
     kernels, everything = all_targets(model)
     method = options.adapter_method()
     from_these = everything if method.adapts_any_array else kernels
     chosen = select(from_these, options.include(), options.exclude_modules)
-    save = options.modules_to_save
-    whole = select(everything, one_or_names(save)) if save else ()
+    if save := options.modules_to_save:
+        whole = select(everything, one_or_names(save))
+    else:
+        head = [t for t in everything if trunk and t.path.split("/")[0] not in trunk]
+        named = chosen if options.target_modules else ()
+        whole = tuple(target for target in head if target not in named)
+        chosen = tuple(target for target in chosen if target not in whole)
     if options.budget is None:
         return plan(method, chosen, options.parsed_overrides(), whole)
     sites = (*within(method, chosen, options.budget), *plan(method, (), {}, whole))
@@ -138,61 +142,37 @@ def planned_sites(options: AdapterOptions, model: nn.Module) -> tuple[Site, ...]
     return sites
 
 
-def _encode(options: Finetune, tokenizer: Tokenizer) -> tuple[Encoded, Encoded]:
-    """Training and held-out examples. Without held-out data, the end of the training data."""
-    records = read_records(options.data, split="train", limit=options.max_train_examples)
-    if options.valid:
-        held_out = read_records(options.valid, split="validation", limit=options.max_valid_examples)
-    else:
-        n = max(1, round(len(records) * HELD_OUT_SHARE))
-        if len(records) < 2:
-            raise UserError(f"{options.data} has one record: give --valid, or more data")
-        records, held_out = records[:-n], records[-n:][: options.max_valid_examples]
-    encoded = [
-        encode_records(
-            rows,
-            tokenizer,
-            options.record_fields(),
-            max_length=options.max_length,
-            overlong=options.overlong,
-            source=source,
-        )
-        for rows, source in ((records, options.data), (held_out, options.valid or options.data))
-    ]
-    return encoded[0], encoded[1]
+def read_data(options: Finetune) -> tuple[list[Record], list[Record]]:
+    """Training and held-out records. Without held-out data, the end of the training data."""
+    if not options.data and not options.glue:
+        raise UserError("no training data: give --data, a file, folder or hub id")
+    records = _records(options, options.data, "train", options.max_train_examples)
+    has_splits = options.glue and not Path(options.data).is_file()
+    if options.valid or has_splits:
+        held_out = options.valid or options.data
+        return records, _records(options, held_out, "validation", options.max_valid_examples)
+    n = max(1, round(len(records) * HELD_OUT_SHARE))
+    if len(records) < 2:
+        raise UserError(f"{options.data} has one record: give --valid, or more data")
+    return records[:-n], records[-n:][: options.max_valid_examples]
 
 
-def _check_ids(tokenizer: Tokenizer, vocab_size: int, *encoded: Encoded) -> None:
-    top = max(int(e.tokens.max()) for part in encoded for e in part.examples)
+def sources(options: Finetune) -> tuple[str, str]:
+    """What error messages call the training and the held-out data."""
+    train = options.data or f"GLUE's {options.glue}"
+    return train, options.valid or train
+
+
+def _records(options: Finetune, source: str, split: str, limit: int | None) -> list[Record]:
+    if options.glue and not Path(source).is_file():
+        return read_glue(options.glue, source, split, limit)
+    return read_records(source, split=split, limit=limit)
+
+
+def check_ids(tokenizer: Tokenizer, vocab_size: int, top: int) -> None:
+    """Raise `UserError` unless the model knows the largest id of the data."""
     if top >= vocab_size:
         raise UserError(
             f"the tokenizer gives id {top} (it has {tokenizer.vocab_size}), but the model's "
             f"vocabulary has {vocab_size}: use the tokenizer that belongs to the model"
         )
-
-
-def _pack(encoded: Encoded, options: Finetune) -> Packed:
-    return pack(encoded.examples, options.max_length, packing=options.packing)
-
-
-def _notes(encoded: Encoded, name: str, options: Finetune) -> list[str]:
-    counts = {"skipped": encoded.skipped, "cut": encoded.truncated}
-    return [
-        f"{count} {name} examples were {what}: longer than {options.max_length} tokens, or with "
-        "nothing to learn in them"
-        for what, count in counts.items()
-        if count
-    ]
-
-
-def _prompts(encoded: Encoded, options: Finetune) -> list[list[int]]:
-    """The start of a few held-out examples: what comes before the first token with a loss; of a
-    text, which has loss everywhere, the first few tokens."""
-    room = options.max_length - options.max_new_tokens
-    prompts = []
-    for example in encoded.examples[:: max(1, len(encoded.examples) // max(1, options.samples))]:
-        first = int(np.argmax(example.loss_mask))
-        cut = first if first > 2 else min(12, len(example.tokens) - 1)
-        if 0 < cut <= room:
-            prompts.append(example.tokens[:cut].tolist())
-    return prompts[: options.samples]

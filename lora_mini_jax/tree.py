@@ -135,7 +135,7 @@ def matrices(params: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, 
     targets = tuple(targets)
     check_fit(params, targets)
     flat = flatten(params)
-    return {target.path: target.matrix(flat[target.path]) for target in targets}
+    return {target.path: target.matrix(dense(flat[target.path])) for target in targets}
 
 
 def check_fit(params: Mapping[str, Any], targets: Iterable[Target]) -> None:
@@ -154,6 +154,11 @@ def check_fit(params: Mapping[str, Any], targets: Iterable[Target]) -> None:
         )
 
 
+def dense(leaf: Any) -> jax.Array:
+    """A parameter as a plain array: a `quantized` kernel dequantised, any other as it is."""
+    return leaf.unbox() if hasattr(leaf, "unbox") else leaf
+
+
 def over_lead(function: Any, lead: int) -> Any:
     """``function`` of one matrix, vectorised over ``lead`` leading axes of its arguments."""
     for _ in range(lead):
@@ -163,7 +168,7 @@ def over_lead(function: Any, lead: int) -> Any:
 
 def float32(array: jax.Array) -> jax.Array:
     """The array in float32, in which every merge and every initialisation is computed."""
-    return jnp.asarray(array, jnp.float32)
+    return jnp.asarray(dense(array), jnp.float32)
 
 
 def _array(path: str, shape: tuple[int, ...]) -> Target:

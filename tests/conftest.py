@@ -9,7 +9,9 @@ CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tiny programs: what XLA saves by optimising them it never earns back, and many are the same.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8")
+# Eight devices for tests/test_sharding.py; the others use the first.
+FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

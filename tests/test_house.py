@@ -12,7 +12,7 @@ PACKAGE = Path(lora_mini_jax.__file__).parent
 # Lower layers first; a file may import those before it. Anything not listed is above them all.
 LAYERS = ("errors", "checks", "spec", "files", "sketch", "tree", "selection", "layers", "method",
           "low_rank", "outer", "methods", "plan", "adapter", "transform", "optim", "moves",
-          "train")  # fmt: skip
+          "gradient", "train")  # fmt: skip
 HEAVY = {"flax", "orbax", "transformers", "datasets", "tyro", "matplotlib", "tokenizers"}
 
 

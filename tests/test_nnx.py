@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -192,6 +192,41 @@ class Own(nnx.Module):
         return x @ self.weight[...]
 
 
+class Table(nnx.Module):
+    """A tied table whose two calls have names of their own."""
+
+    def __init__(self) -> None:
+        self.rows = nnx.Param(draws(jnp.zeros((VOCAB, WIDTH))))
+
+    def encode(self, ids: jax.Array) -> jax.Array:
+        return self.rows[...][ids]
+
+    def decode(self, x: jax.Array) -> jax.Array:
+        return x @ self.rows[...].T
+
+
+class Tied(nnx.Module):
+    """Looks ids up and reads them back through an einsum of the user's own."""
+
+    def __init__(self) -> None:
+        self.table, self.mix = Table(), Mix()
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        x = self.mix(self.table.encode(ids))
+        return self.table.decode(jnp.tanh(x.reshape(*ids.shape, WIDTH)))
+
+
+class Mix(nnx.Module):
+    """An einsum with a name of its own for the kernel."""
+
+    def __init__(self) -> None:
+        self.einsum_str = "btd,dnh->btnh"
+        self.w = nnx.Param(draws(jnp.zeros((WIDTH, 2, WIDTH // 2))))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.einsum(self.einsum_str, x, self.w[...])
+
+
 def test_layers_of_the_users_own() -> None:
     x = draws(jnp.zeros((2, WIDTH)), 1.0)
     scaled = Scaled(WIDTH, 5, rngs=nnx.Rngs(0))
@@ -204,6 +239,23 @@ def test_layers_of_the_users_own() -> None:
         assert jnp.abs(y - model(x)).max() > 0.05
         front.update(model, merge(params, adapter))
         np.testing.assert_allclose(y, model(x), atol=1e-5)
+
+
+def table(module: Any, method: str, args: tuple) -> views.View | None:
+    use = {"encode": "rows", "decode": "transposed"}.get(method)
+    return views.View(args[0], leaf="rows", use=use, kind="embed") if use else None
+
+
+def test_layers_with_names_of_their_own_for_calls_and_kernels() -> None:
+    model, rules = Tied(), {Table: table, Mix: partial(front.einsum, leaf="w")}
+    targets = front.targets(model, IDS, rules=rules)
+    assert [t.path for t in targets] == ["mix/w", "table/rows"]
+    params = front.parameters(model)
+    adapter = randomised(init(params, LoRA(rank=2), targets), 0.5)
+    y, plain = front.adapt(model, rules)(params, adapter, IDS), model(IDS)
+    front.update(model, merge(params, adapter))
+    np.testing.assert_allclose(y, model(IDS), rtol=1e-5, atol=1e-5)
+    assert jnp.abs(y - plain).max() > 0.1
 
 
 class Noisy(nnx.Module):

@@ -9,6 +9,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -108,7 +109,8 @@ class Batches:
     have one shape, and a ``batch_size`` beyond the number of rows works.
 
     Attributes:
-        packed: the rows.
+        packed: the rows: a `Packed`, or any other dataclass of arrays, ``tokens`` among them, that
+            have a row's entries along their first axis and 0 (or False) for padding.
         batch_size: rows in a batch, from 1.
         seed: of the order, from 0.
         shuffle: whether to draw a new order for every epoch.
@@ -123,7 +125,7 @@ class Batches:
         (2, [[1, 1], [0, 0]])
     """
 
-    packed: Packed
+    packed: Any
     batch_size: int
     seed: int
     shuffle: bool = True
@@ -141,7 +143,7 @@ class Batches:
         """The batch of a step, counted from 0 over all epochs: step // len(self) is the epoch.
 
         Returns:
-            The four arrays of ``Packed`` by name, each (batch_size, length), free to change.
+            The arrays of ``packed`` by name, each with ``batch_size`` rows, free to change.
 
         Raises:
             UserError: ``step`` is below 0.
@@ -161,7 +163,7 @@ class Batches:
         chosen = order[at * self.batch_size : (at + 1) * self.batch_size]
         batch = {}
         for name, rows in vars(self.packed).items():
-            batch[name] = np.zeros((self.batch_size, rows.shape[1]), rows.dtype)
+            batch[name] = np.zeros((self.batch_size, *rows.shape[1:]), rows.dtype)
             batch[name][: len(chosen)] = rows[chosen]
         return batch
 

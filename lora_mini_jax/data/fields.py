@@ -73,7 +73,7 @@ def strings(records: Sequence[Record], field: str, source: str) -> list[str]:
         >>> strings([{"a": "x"}, {"a": "y"}], "a", "pets.csv")
         ['x', 'y']
     """
-    values = [_value(record, field, number, source) for number, record in enumerate(records, 1)]
+    values = values_of(records, field, source)
     for number, value in enumerate(values, 1):
         if not _is_text(value):
             where = f"{source}, {place(records[number - 1], number)}"
@@ -95,7 +95,7 @@ def conversations(records: Sequence[Record], field: str, source: str) -> list[li
         >>> conversations([{"m": [{"role": "user", "content": "Hi"}]}], "m", "chats.jsonl")
         [[{'role': 'user', 'content': 'Hi'}]]
     """
-    values = [_value(record, field, number, source) for number, record in enumerate(records, 1)]
+    values = values_of(records, field, source)
     for number, messages in enumerate(values, 1):
         where = f"{source}, {place(records[number - 1], number)}"
         _check_messages(messages, f"{where}, field {field!r}")
@@ -114,14 +114,17 @@ def _check_messages(messages: Any, where: str) -> None:
                 )
 
 
-def _value(record: Record, field: str, number: int, source: str) -> Any:
-    if field not in record:
-        there = ", ".join(map(str, record)) or "none"
-        raise UserError(
-            f"{source}, {place(record, number)}: no field {field!r} (its fields: {there}): "
-            "name those to use as text_field, prompt_field and completion_field, or messages_field"
-        )
-    return record[field]
+def values_of(records: Sequence[Record], field: str, source: str) -> list[Any]:
+    """What the field holds in every record; one without it is a `UserError`."""
+    for number, record in enumerate(records, 1):
+        if field not in record:
+            there = ", ".join(map(str, record)) or "none"
+            raise UserError(
+                f"{source}, {place(record, number)}: no field {field!r} (its fields: {there}): "
+                "name those to use as text_field, prompt_field and completion_field, or "
+                "messages_field; for labels as text_fields and label_field"
+            )
+    return [record[field] for record in records]
 
 
 def _is_text(value: object) -> bool:

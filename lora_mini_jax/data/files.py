@@ -7,7 +7,7 @@ and name the file and, in text files, the line, counted from 1.
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,17 @@ def one_line(error: BaseException, longest: int = 300) -> str:
     """
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+class OneOf(str):
+    """The name of a class that knows the names of all classes of its field, in their order."""
+
+    names: tuple[str, ...]
+
+    def __new__(cls, names: tuple[str, ...], number: int) -> "OneOf":
+        made = super().__new__(cls, names[number])
+        made.names = names
+        return made
 
 
 class At(dict[str, Any]):
@@ -100,11 +111,12 @@ def _json(path: Path) -> Iterator[Record]:
         yield {"text": item} if isinstance(item, str) else item
 
 
-def _table(path: Path, delimiter: str, quoting: Any) -> Iterator[Record]:
+def _table(
+    path: Path, delimiter: str, quoting: Any, header: list[str] | None = None
+) -> Iterator[Record]:
     lines = (line for _, line in _lines(path))
     # Strict, for otherwise a quote that is never closed swallows the rest of the file in silence.
     rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
-    header: list[str] | None = None
     start = 1
     try:
         for row in rows:
@@ -134,8 +146,9 @@ def _csv(path: Path) -> Iterator[Record]:
     return _table(path, ",", csv.QUOTE_MINIMAL)
 
 
-def _tsv(path: Path) -> Iterator[Record]:
-    return _table(path, "\t", csv.QUOTE_NONE)
+def tsv(path: Path, header: Sequence[str] | None = None) -> Iterator[Record]:
+    """A tsv file's rows; with ``header``, the names of the columns, all of them."""
+    return _table(path, "\t", csv.QUOTE_NONE, None if header is None else list(header))
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -162,7 +175,7 @@ READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
-    ".tsv": _tsv,
+    ".tsv": tsv,
     ".parquet": _parquet,
     ".txt": _txt,
 }

@@ -10,14 +10,16 @@
 | ``.txt`` | one block of lines between blank lines: ``{"text": ...}`` |
 
 Text files are UTF-8, with or without a byte-order mark. A folder, or an ``owner/name`` on the
-Hugging Face hub, is read by ``datasets``. Nothing here reads pickle or runs a data set's code.
+Hugging Face hub, is read by ``datasets``; there the number of a class becomes its name, and -1,
+which stands for none, ``None``. Nothing here reads pickle or runs a data set's code.
 """
 
 import re
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from lora_mini_jax.data.files import READERS, Record, one_line
+from lora_mini_jax.data.files import READERS, OneOf, Record, one_line
 from lora_mini_jax.errors import UserError
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -50,11 +52,11 @@ def read_records(
         raise UserError(f"limit {limit} is not allowed: give a whole number from 1, or leave it")
     path = Path(source).expanduser()
     if path.is_dir():
-        records = _from_datasets(str(path), split, limit)
+        records = from_datasets(str(path), split, limit)
     elif path.exists():
         records = _from_file(path, limit)
     elif _is_hub_id(str(source)):
-        records = _from_datasets(str(source), split, limit)
+        records = from_datasets(str(source), split, limit)
     else:
         raise UserError(
             f"no such file or folder: {source}; give a file that ends in {_allowed()}, "
@@ -87,15 +89,32 @@ def _from_file(path: Path, limit: int | None) -> list[Record]:
         raise UserError(f"cannot read {path} ({one_line(error)}): check the file") from error
 
 
-def _from_datasets(name: str, split: str, limit: int | None) -> list[Record]:
+def from_datasets(
+    name: str, split: str, limit: int | None, config: str | None = None
+) -> list[Record]:
+    """The records of a folder or of a data set on the hub; ``config`` is one of several in it."""
     from datasets import load_dataset
 
     # What a data set and the network can raise is an open set, and all of it is the user's to fix.
     try:
-        dataset = load_dataset(name, split=split)
-        return dataset.select(range(min(limit or len(dataset), len(dataset)))).to_list()
+        dataset = load_dataset(name, *([config] if config else []), split=split)
+        dataset = dataset.select(range(min(limit or len(dataset), len(dataset))))
+        return _with_names(dataset)
     except Exception as error:
         raise UserError(
-            f"cannot load split {split!r} of data set {name} ({one_line(error)}): "
-            "check the name, the split and the network, or give a local file"
+            f"cannot load split {split!r} of data set {name}{f', {config}' if config else ''} "
+            f"({one_line(error)}): check the name, the split and the network, or give a local file"
         ) from error
+
+
+def _with_names(dataset: Any) -> list[Record]:
+    from datasets import ClassLabel
+
+    records, features = dataset.to_list(), dataset.features
+    for field in (f for f, kind in features.items() if isinstance(kind, ClassLabel)):
+        names = tuple(features[field].names)
+        for record in records:
+            number = record[field]
+            known = number is not None and number >= 0
+            record[field] = OneOf(names, number) if known else None
+    return records

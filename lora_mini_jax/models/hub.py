@@ -110,6 +110,7 @@ def load(
     remat: bool = False,
     revision: str | None = None,
     sharding: Sharding | Callable[[str], Sharding | None] | None = None,
+    convert: Callable[[str, jax.Array], Any] | None = None,
 ) -> tuple[Any, dict]:
     """Read a model from a local folder or the hub; ``config.json`` says of which kind.
 
@@ -127,6 +128,8 @@ def load(
         sharding: where the parameters go: one sharding for all, or what gives one for a path such
             as ``"layers_0/mlp/up_proj/kernel"``; None is the default device. Tensors are read one
             at a time, and only those parts that this process' devices want.
+        convert: what a parameter becomes as soon as it is read, ``convert(path, array)``: quantised
+            for one, so that never more than one kernel is dense.
 
     Returns:
         The module and its ``params`` tree of jax arrays.
@@ -165,6 +168,8 @@ def load(
             [where[tensor] for tensor in slots[path]], shapes[path], name=name,
             stacked=family.stack in path, flipped=family.flips(path), sharding=place(name),
         )  # fmt: skip
+        if convert is not None:
+            flat[path] = convert(name, flat[path])
     return model, unflatten_dict(flat)
 
 

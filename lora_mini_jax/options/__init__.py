@@ -1,8 +1,16 @@
 """The options of every command: typed, checked before any work, readable from a JSON file."""
 
 from lora_mini_jax.options.adapter import BASE, AdapterOptions, MethodOptions, one_or_names
-from lora_mini_jax.options.commands import Demo, Export, Generate, Inspect, Merge, Methods
-from lora_mini_jax.options.config_file import differences, from_file, to_json
+from lora_mini_jax.options.commands import (
+    Demo,
+    Export,
+    Generate,
+    Inspect,
+    Merge,
+    Methods,
+    Predict,
+)
+from lora_mini_jax.options.config_file import defaults, differences, from_file, to_json
 from lora_mini_jax.options.finetune import Compare, Finetune
 from lora_mini_jax.options.pretrain import Pretrain
 from lora_mini_jax.options.training import Training
@@ -19,8 +27,10 @@ __all__ = [
     "Merge",
     "MethodOptions",
     "Methods",
+    "Predict",
     "Pretrain",
     "Training",
+    "defaults",
     "differences",
     "from_file",
     "one_or_names",

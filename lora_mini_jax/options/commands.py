@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from lora_mini_jax.errors import UserError
 from lora_mini_jax.options.adapter import BASE, AdapterOptions
 
 
@@ -51,6 +52,31 @@ class Generate:
     seed: int = 0
     allow_different_base: bool = False
     """Go on although the adapter was trained on other weights."""
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Tell the classes, or the numbers, of texts with an adapter that was trained to."""
+
+    adapter: str
+    """An adapter folder, such as runs/finetune/adapter."""
+    data: str
+    """The texts: a file, folder or hub id, as for finetune; labels are not looked at."""
+    output: str
+    """The jsonl file to write: of each record its index from 0, its label and the probabilities of
+    all labels, or its value."""
+    model: str | None = None
+    """The base model: folder or hub id; by default the one the adapter was trained on."""
+    split: str = "test"
+    """The split of data that has several."""
+    batch_size: int = 32
+    """Rows in a batch."""
+    allow_different_base: bool = False
+    """Go on although the adapter was trained on other weights."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size is {self.batch_size}: give a whole number from 1")
 
 
 @dataclass(frozen=True)

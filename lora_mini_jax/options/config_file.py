@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from lora_mini_jax.errors import UserError
@@ -33,6 +33,12 @@ def from_file(cls: "type[DataclassInstance]", path: str) -> Any:
 def to_json(options: "DataclassInstance") -> dict[str, Any]:
     """Options as `from_file` reads them back."""
     return json.loads(json.dumps(asdict(options)))
+
+
+def defaults(options: "DataclassInstance") -> dict[str, Any]:
+    """What options are that nobody gives, as `to_json` has them."""
+    known = {f.name: f.default for f in fields(options) if f.default is not MISSING}
+    return json.loads(json.dumps(known))
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], ignore: Sequence[str] = ()) -> list[str]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.options.adapter import AdapterOptions
+from lora_mini_jax.options.labels import LabelOptions
 from lora_mini_jax.options.training import COUNT, NOT_NEGATIVE, POSITIVE, Training
 from lora_mini_jax.spec import split_spec, to_pairs
 
@@ -14,10 +15,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Finetune(Training, AdapterOptions):
+class Finetune(Training, AdapterOptions, LabelOptions):
     """Fine-tune a model with an adapter; run the same command again to go on after an interruption.
 
-    Data may be text (``text``), prompt and completion fields, or chat ``messages``.
+    Data may be text (``text``), prompt and completion fields, or chat ``messages``; for an encoder
+    (--task classification or regression) one or two text fields and a label.
     """
 
     allowed: ClassVar[dict[str, str]] = {
@@ -70,6 +72,7 @@ class Finetune(Training, AdapterOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.settle(self.eval_every)
         self.record_fields()
 
     def record_fields(self) -> "Fields":

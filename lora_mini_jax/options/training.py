@@ -64,7 +64,8 @@ class Training(MethodOptions):
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     eval_every: int | None = None
-    """Steps between two evaluations; by default only before and after."""
+    """Steps between two evaluations; by default only before and after, and after each epoch where
+    labels are learned."""
     save_every: int = 50
     """Steps between two checkpoints."""
     tensorboard: bool = False

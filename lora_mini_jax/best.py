@@ -1,0 +1,47 @@
+"""The adapter of a run's best evaluation, kept on disk while training goes on."""
+
+from lora_mini_jax import storage
+from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.metrics import better
+from lora_mini_jax.runs import RunFolder
+from lora_mini_jax.task import Task
+from lora_mini_jax.train import TrainState
+
+
+class Best:
+    """The best so far, in the run's folder for the adapter.
+
+    Which it is, is read from the run's metrics each time, and they go back with the checkpoint
+    when a run is taken up; so nothing else has to be remembered. `update` wants to be called when
+    an evaluation is in the metrics and its state in a checkpoint, and once more, with that state,
+    when the run goes on from it: whenever the process is killed, the folder then holds the best
+    of the evaluations up to the newest checkpoint, or is that checkpoint's to write.
+
+    Args:
+        folder: the run's.
+        task: whose parameters the adapter is for.
+        metric: what selects, such as ``"accuracy"``. Of equal ones the first is the best; what was
+            found before training does not take part.
+        base: name of the base model, for the adapter's record.
+    """
+
+    def __init__(self, folder: RunFolder, task: Task, metric: str, base: str) -> None:
+        self._folder, self._task, self._base = folder, task, base
+        self._metric = metric
+
+    @property
+    def step(self) -> int | None:
+        """The step of the best evaluation; None before the first."""
+        name, rank = f"valid_{self._metric}", better(self._metric)
+        rows = [row for row in self._folder.metrics() if name in row and row["step"] > 0]
+        return max(rows, key=lambda row: rank(row[name]))["step"] if rows else None
+
+    def update(self, state: TrainState) -> None:
+        """Write the state's adapter if its step is the best; what was there before is replaced."""
+        if self.step == int(state.step):
+            params, record = self._task.params, self._task.record
+            storage.save(self._folder.adapter, state.adapter, params, base=self._base, task=record)
+
+    def load(self) -> Adapter:
+        """The best adapter, read back."""
+        return storage.load(self._folder.adapter, self._task.params)

@@ -1,0 +1,171 @@
+"""Text that is continued: the task of a decoder, with packed rows and a loss token by token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.data import (
+    Batches,
+    Encoded,
+    Packed,
+    Tokenizer,
+    encode_records,
+    examples_right,
+    load_tokenizer,
+    pack,
+    token_loss,
+)
+from lora_mini_jax.decode import generate
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.models import load
+from lora_mini_jax.models.hub import load_decoder_config, load_module, resolve
+from lora_mini_jax.options import Finetune
+from lora_mini_jax.plan import Site
+from lora_mini_jax.task import Task, check_ids, planned_sites, read_data, sources
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageTask(Task):
+    """A decoder with its tokenizer; what else there is, see `Task`."""
+
+    tokenizer: Tokenizer
+    prompts: list[list[int]]
+    """Token ids of the first held-out prompts, for samples."""
+    max_new_tokens: int = 0
+    """Tokens in a sample."""
+
+    @property
+    def loss_name(self) -> str:
+        """What the loss is, for those who read it."""
+        return "loss, nats per token"
+
+    def summed_loss(
+        self, params: Any, adapter: Adapter, batch: Any, dropout_key: jax.Array | None = None
+    ) -> tuple[Any, Any]:
+        """The summed loss of a batch and the number of tokens that count, float32."""
+        return token_loss(self.logits(params, adapter, batch, dropout_key), batch)
+
+    def score(self, params: Any, adapter: Adapter, batch: Any) -> tuple[Any, ...]:
+        """Summed loss, tokens that count, examples that are right, examples; float32."""
+        logits = self.logits(params, adapter, batch)
+        return *token_loss(logits, batch), *examples_right(logits, batch)
+
+    def measures(self, scores: Sequence[Any]) -> dict[str, float]:
+        """``valid_loss``, the mean in nats per token that counts, and ``valid_right``, the share
+        of examples predicted without a mistake."""
+        total, tokens, right, examples = np.sum(np.asarray(scores, np.float64), axis=0)
+        return {
+            "valid_loss": float(total / max(tokens, 1)),
+            "valid_right": float(right / max(examples, 1)),
+        }
+
+    def samples(self, adapter: Adapter | None) -> list[tuple[str, str]]:
+        """The held-out prompts, and what the model writes after them, greedily."""
+        written = generate(
+            self.model,
+            self.params,
+            self.prompts,
+            adapter=adapter,
+            max_new_tokens=self.max_new_tokens,
+        )
+        decode = self.tokenizer.decode
+        return [(decode(p), decode(ids)) for p, ids in zip(self.prompts, written, strict=True)]
+
+    def logits(
+        self, params: Any, adapter: Adapter, batch: Any, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """(rows, length, vocabulary) float32."""
+        inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
+        return self.apply(params, adapter, *inputs, dropout_key=dropout_key)
+
+
+def prepare(options: Finetune) -> LanguageTask:
+    """See `task.prepare`."""
+    if not options.data:
+        raise UserError("no training data: give --data, a file, folder or hub id")
+    folder = resolve(options.model)
+    config = load_decoder_config(folder)
+    check_length(options.max_length, config)
+    sites = planned(options)
+    tokenizer = load_tokenizer(folder)
+    train, valid = _encode(options, tokenizer)
+    top = max(int(e.tokens.max()) for part in (train, valid) for e in part.examples)
+    check_ids(tokenizer, config.vocab_size, top)
+    model, params = load(folder, dtype=jnp.dtype(options.dtype), remat=options.remat)
+    train_rows, valid_rows = (
+        Batches(_pack(encoded, options), options.batch_size, options.seed)
+        for encoded in (train, valid)
+    )
+    return LanguageTask(
+        model,
+        params,
+        sites,
+        train_rows,
+        valid_rows,
+        notes=[*_notes(train, "training", options), *_notes(valid, "held-out", options)],
+        tokenizer=tokenizer,
+        prompts=_prompts(valid, options),
+        max_new_tokens=options.max_new_tokens,
+    )
+
+
+def planned(options: Finetune) -> tuple[Site, ...]:
+    """See `task.planned`."""
+    return planned_sites(options, load_module(options.model))
+
+
+def check_length(max_length: int, config: Any) -> None:
+    """Raise `UserError` unless rows of this length fit the model."""
+    if max_length > config.max_position_embeddings:
+        raise UserError(
+            f"--max-length {max_length} exceeds the {config.max_position_embeddings} "
+            "positions of the model"
+        )
+
+
+def _encode(options: Finetune, tokenizer: Tokenizer) -> tuple[Encoded, Encoded]:
+    """Training and held-out examples."""
+    encoded = [
+        encode_records(
+            rows,
+            tokenizer,
+            options.record_fields(),
+            max_length=options.max_length,
+            overlong=options.overlong,
+            source=source,
+        )
+        for rows, source in zip(read_data(options), sources(options), strict=True)
+    ]
+    return encoded[0], encoded[1]
+
+
+def _pack(encoded: Encoded, options: Finetune) -> Packed:
+    return pack(encoded.examples, options.max_length, packing=options.packing)
+
+
+def _notes(encoded: Encoded, name: str, options: Finetune) -> list[str]:
+    counts = {"skipped": encoded.skipped, "cut": encoded.truncated}
+    return [
+        f"{count} {name} examples were {what}: longer than {options.max_length} tokens, or with "
+        "nothing to learn in them"
+        for what, count in counts.items()
+        if count
+    ]
+
+
+def _prompts(encoded: Encoded, options: Finetune) -> list[list[int]]:
+    """The start of a few held-out examples: what comes before the first token with a loss; of a
+    text, which has loss everywhere, the first few tokens."""
+    room = options.max_length - options.max_new_tokens
+    prompts = []
+    for example in encoded.examples[:: max(1, len(encoded.examples) // max(1, options.samples))]:
+        first = int(np.argmax(example.loss_mask))
+        cut = first if first > 2 else min(12, len(example.tokens) - 1)
+        if 0 < cut <= room:
+            prompts.append(example.tokens[:cut].tolist())
+    return prompts[: options.samples]

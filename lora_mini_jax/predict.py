@@ -1,0 +1,61 @@
+"""Classes or numbers of texts, by a model with an adapter that was trained to tell them."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_mini_jax import linen, storage
+from lora_mini_jax.data import Batches, load_tokenizer, read_records
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.files import write_text
+from lora_mini_jax.head import Head, head_of
+from lora_mini_jax.label_task import check_rows, encode
+from lora_mini_jax.loop import Log
+from lora_mini_jax.models.hub import resolve
+from lora_mini_jax.options import Predict
+
+
+def run_predict(options: Predict, say: Log = print) -> list[dict[str, Any]]:
+    """Write a line of JSON for each record, in their order; returns what is in them.
+
+    Of a classification ``{"index": 0, "label": "yes", "probabilities": {"no": 0.2, "yes": 0.8}}``,
+    of a regression ``{"index": 0, "value": 3.2}``.
+
+    Raises:
+        UserError: an adapter that was trained for language, or does not fit the model; data that
+            cannot be read; a file that cannot be written.
+    """
+    head = head_of(options.adapter)
+    if head is None:
+        raise UserError(f"{options.adapter} was trained for language: give an adapter of finetune "
+                        "--task classification or regression, or use generate")  # fmt: skip
+    folder = resolve(options.model or storage.record_of(options.adapter).base)
+    tokenizer = load_tokenizer(folder)
+    records = read_records(options.data, split=options.split)
+    module = head.module(folder)
+    unknown = np.zeros(len(records), np.int32)
+    rows, _ = encode(records, unknown, head, module.config, tokenizer, options.data)  # type: ignore[attr-defined]
+    check_rows(module, tokenizer, rows)
+    model, params = head.load(folder)
+    allow = options.allow_different_base
+    adapter = storage.load(options.adapter, params, allow_different_base=allow)
+    batches = Batches(rows, options.batch_size, seed=0)
+    apply = jax.jit(linen.adapt(model))
+    names = ("tokens", "segment_ids", "type_ids")
+    logits = [apply(params, adapter, *(b[n] for n in names)) for b in batches.eval_batches()]
+    kept = np.concatenate(jax.device_get(logits))[: len(records)]
+    lines = [{"index": i, **told(head, row)} for i, row in enumerate(kept)]
+    write_text(options.output, "".join(f"{json.dumps(line)}\n" for line in lines))
+    say(f"{len(lines)} predictions: {options.output}")
+    return lines
+
+
+def told(head: Head, logits: np.ndarray) -> dict[str, Any]:
+    """What one row's logits (labels,) say."""
+    if head.task == "regression":
+        return {"value": float(logits[0])}
+    powers = np.exp(logits.astype(np.float64) - logits.max())
+    chances = dict(zip(head.labels, (powers / powers.sum()).tolist(), strict=True))
+    return {"label": head.labels[int(logits.argmax())], "probabilities": chances}

@@ -1,0 +1,123 @@
+"""A frozen base in 8 or 4 bits: kernels that are dequantised where a layer uses them.
+
+The arithmetic is qwix's (install ``lora-mini-jax[quantized]``). A quantised kernel is a box of
+Flax's kind, which ``nn.Dense`` and all other layers open when they ask for their parameter, in a
+scan one layer at a time: models, adapters and training step need not know. Merging and exporting
+give dense kernels.
+
+Without ``remat`` the backward pass keeps the opened kernels of the whole model; with it, those of
+one layer.
+
+Not imported by ``import lora_mini_jax``: write ``from lora_mini_jax import quantized``.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from flax.core import meta
+
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.tree import Target, check_fit, flatten, unflatten
+
+Bits = Literal["int8", "nf4"]
+"""``"int8"``: one scale for each column. ``"nf4"``: QLoRA's four bits (arXiv 2305.14314), one
+scale for each 64 entries of a column, or fewer where 64 does not divide it."""
+_TILE = 64
+
+
+@struct.dataclass
+class Quantized(meta.AxisMetadata):
+    """A quantised kernel; make one with `quantize`.
+
+    Attributes:
+        array: qwix's array of values and scales, in the kernel's shape.
+        dtype: of the dense kernel.
+    """
+
+    array: Any
+    dtype: Any = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The kernel's."""
+        return self.array.shape
+
+    @property
+    def ndim(self) -> int:
+        """The kernel's."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Entries of the kernel."""
+        return self.array.qvalue.size
+
+    def unbox(self) -> jax.Array:
+        """The kernel, dense."""
+        import qwix
+
+        return qwix.dequantize(self.array).astype(self.dtype)
+
+    def replace_boxed(self, val: Any) -> Any:
+        """Flax asks for it where a layer changes a parameter; here it becomes a dense one."""
+        return val
+
+    def add_axis(self, index: int, params: Any) -> "Quantized":
+        """Flax asks for it where a scan stacks; the arrays know their axes."""
+        return self
+
+    def remove_axis(self, index: int, params: Any) -> "Quantized":
+        """As `add_axis`."""
+        return self
+
+
+def quantize(params: Mapping[str, Any], targets: Iterable[Target], bits: Bits) -> dict[str, Any]:
+    """The parameters with the kernels of ``targets`` quantised; the others are the same arrays.
+
+    Args:
+        params: the base parameters.
+        targets: which kernels, ``select(targets, "all-linear")`` for example.
+        bits: see `Bits`.
+
+    Raises:
+        UserError: qwix is not installed, an unknown ``bits``, or targets of other parameters.
+
+    Example:
+        >>> params = {"up": {"kernel": jnp.ones((128, 32))}}
+        >>> small = quantize(params, [Target("up/kernel", (128, 32))], "nf4")
+        >>> small["up"]["kernel"].shape, small["up"]["kernel"].array.scale.shape
+        ((128, 32), (2, 32))
+    """
+    targets = tuple(targets)
+    check_fit(params, targets)
+    flat = flatten(params)
+    for target in targets:
+        flat[target.path] = quantized(flat[target.path], target, bits)
+    return unflatten(flat)
+
+
+def quantized(kernel: jax.Array, target: Target, bits: Bits) -> Quantized:
+    """One kernel quantised; errors as `quantize`."""
+    try:
+        import qwix
+    except ImportError:
+        raise UserError(
+            "quantised kernels need qwix: pip install lora-mini-jax[quantized]"
+        ) from None
+    if bits not in ("int8", "nf4"):
+        raise UserError(f"{bits!r} is not allowed: give int8 or nf4")
+    ins = [target.stack + axis for axis in target.ins]
+    channels = [axis for axis in range(kernel.ndim) if axis not in ins]
+    tiles = {}
+    if bits == "nf4":
+        last = kernel.shape[ins[-1]]
+        tiles = {ins[-1]: max(size for size in range(1, _TILE + 1) if last % size == 0)}
+        channels += ins[:-1]
+    array = qwix.quantize(
+        jnp.asarray(kernel, jnp.float32), bits if bits == "nf4" else jnp.int8,
+        channelwise_axes=channels, tiled_axes=tiles,
+    )  # fmt: skip
+    return Quantized(array, kernel.dtype)

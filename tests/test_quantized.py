@@ -1,0 +1,121 @@
+"""Quantised kernels are used, adapted, trained beside, merged and exported like dense ones."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lora_mini_jax import (
+    Target,
+    TrainState,
+    UserError,
+    init,
+    linen,
+    make_train_step,
+    merge,
+    select,
+)
+from lora_mini_jax.methods import DoRA, LoRAMini, MiSS, SwitchLoRA
+from lora_mini_jax.models import Llama, LlamaConfig, load, save
+from lora_mini_jax.quantized import Quantized, quantize, quantized
+from lora_mini_jax.tree import dense, flatten
+from tests.cases import cross_entropy, draws, random_params, randomised, setup
+from tests.test_laws import close
+
+pytest.importorskip("qwix")
+
+LEVELS = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+          -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+          0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+          0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]  # fmt: skip
+"""The sixteen levels of QLoRA's NormalFloat, appendix E of its paper."""
+
+
+def base(layout: str, bits: Any) -> tuple[Any, Any, Any]:
+    """The small model, its parameters quantised, and the same parameters dense again."""
+    at = setup(layout)
+    small = quantize(at.params, select(at.targets, "all-linear"), bits)
+    flat = {path: dense(leaf) for path, leaf in flatten(small).items()}
+    return at, small, flat
+
+
+def test_nf4_is_the_nearest_of_its_levels_in_blocks_of_64():
+    kernel = np.asarray(draws(jnp.zeros((128, 3))))
+    small: Any = quantize({"k": jnp.asarray(kernel)}, [Target("k", kernel.shape)], "nf4")["k"]
+    blocks = kernel.reshape(2, 64, 3)
+    scales = np.abs(blocks).max(1, keepdims=True)
+    nearest = np.abs((blocks / scales)[..., None] - np.array(LEVELS)).argmin(-1)
+    wanted = (np.array(LEVELS)[nearest] * scales).reshape(128, 3)
+    np.testing.assert_allclose(small.unbox(), wanted, atol=1e-6)
+    assert small.array.qvalue.dtype.itemsize == 1
+
+
+def test_int8_is_within_half_a_step_of_each_column():
+    kernel = np.asarray(draws(jnp.zeros((50, 3))))
+    small: Any = quantize({"k": jnp.asarray(kernel)}, [Target("k", kernel.shape)], "int8")["k"]
+    step = np.abs(kernel).max(0) / 127
+    assert (np.abs(small.unbox() - kernel) <= 0.51 * step).all()
+
+
+@pytest.mark.parametrize("layout", ["plain", "scan+remat"])
+@pytest.mark.parametrize(
+    "method",
+    [LoRAMini(rank=2, a=4, b=5), DoRA(rank=2), MiSS(rank=3), SwitchLoRA(rank=2)],
+    ids=lambda method: method.name,
+)
+def test_adapted_call_on_quantised_kernels_is_that_on_their_dense_form(method: Any, layout: str):
+    at, small, flat = base(layout, "int8")
+    chosen = select(at.targets, "all-linear")
+    adapter = randomised(init(small, method, chosen), 0.1)
+    y = jax.jit(linen.adapt(at.model))(small, adapter, at.tokens)
+    merged = merge(small, adapter)
+    assert not any(isinstance(leaf, Quantized) for leaf in flatten(merged).values())
+    close(y, at.model.apply({"params": merged}, at.tokens), 2e-5)
+    plain = jax.jit(at.model.apply)({"params": small}, at.tokens)
+    assert jnp.abs(plain - y).max() > 1e-3
+    changed = {p for p, leaf in flatten(merged).items() if not np.array_equal(leaf, flat[p])}
+    assert changed == {target.path for target in chosen}
+
+
+def test_training_on_a_quantised_base_lowers_the_loss_and_leaves_it_alone():
+    at, small, _ = base("scan+remat", "nf4")
+    adapter = init(small, LoRAMini(rank=2, a=4, b=5), select(at.targets, "all-linear"))
+    before = jax.tree.map(np.array, small)
+    apply, tx = linen.adapt(at.model), optax.adam(1e-2)
+    step = make_train_step(lambda p, a, b, key: cross_entropy(apply(p, a, b), b), tx)
+    state, losses = TrainState.create(adapter, tx), []
+    for _ in range(30):
+        state, metrics = step(state, small, at.tokens)
+        losses.append(float(metrics.loss))
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(small)))
+
+
+def test_unknown_bits_are_refused():
+    with pytest.raises(UserError, match="give int8 or nf4"):
+        quantize({"k": jnp.ones((4, 4))}, [Target("k", (4, 4))], "int3")  # ty: ignore
+
+
+def test_a_folder_is_read_quantised_and_written_dense(tmp_path: Any):
+    model = Llama(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24,
+                              num_hidden_layers=1, num_attention_heads=2,
+                              num_key_value_heads=1))  # fmt: skip
+    tokens = jnp.ones((1, 2), int)
+    params = random_params(model, tokens)
+    save(tmp_path / "dense", model, params)
+    kernels = {t.path: t for t in select(linen.targets(model, params, tokens), "mlp")}
+
+    def convert(path: str, leaf: jax.Array) -> Any:
+        return quantized(leaf, kernels[path], "int8") if path in kernels else leaf
+
+    model, small = load(tmp_path / "dense", convert=convert)
+    small_paths = {p for p, leaf in flatten(small).items() if isinstance(leaf, Quantized)}
+    assert small_paths == set(kernels)
+    assert all(map(np.array_equal, jax.tree.leaves(small),
+                   jax.tree.leaves(quantize(params, kernels.values(), "int8"))))  # fmt: skip
+    save(tmp_path / "again", model, small)
+    again = flatten(load(tmp_path / "again")[1])
+    assert all(np.array_equal(again[p], dense(leaf)) for p, leaf in flatten(small).items())
