@@ -10,8 +10,9 @@ Not imported by ``import lora_mini_jax``: write ``from lora_mini_jax import nnx`
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache, wraps
+from dataclasses import dataclass, replace
+from functools import cache, partial, wraps
+from inspect import isfunction
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,10 +35,12 @@ def dense_general(module: Any, method: str, args: tuple) -> View | None:
     return views.dense_general(linen, method, args)
 
 
-def einsum(module: Any, method: str, args: tuple) -> View | None:
-    """The rule of ``nnx.Einsum``: which axes contract is read off the string."""
-    linen = SimpleNamespace(einsum_str=module.einsum_str, shape=module.kernel.shape)
-    return views.einsum(linen, method, args)
+def einsum(module: Any, method: str, args: tuple, leaf: str = "kernel") -> View | None:
+    """The rule of ``nnx.Einsum``: which axes contract is read off the string. For a layer like it
+    that calls its kernel ``w``: ``functools.partial(einsum, leaf="w")``."""
+    linen = SimpleNamespace(einsum_str=module.einsum_str, shape=getattr(module, leaf).shape)
+    view = views.einsum(linen, method, args)
+    return view and replace(view, leaf=leaf)
 
 
 RULES: Rules = {
@@ -45,9 +48,12 @@ RULES: Rules = {
     nnx.LinearGeneral: dense_general,
     nnx.Einsum: einsum,
     nnx.Embed: views.embed,
+    # By name, so that Tunix need not be imported; each of its families has a class of its own.
+    **{
+        f"tunix.models.{family}.model.Einsum": partial(einsum, leaf="w")
+        for family in ("llama3", "qwen2", "qwen3", "gemma", "gemma3")
+    },
 }
-METHODS = ("__call__", "attend")
-"""The calls of a layer that may use its kernel."""
 
 
 def parameters(model: nnx.Module) -> dict[str, Any]:
@@ -234,8 +240,15 @@ def _watched(layer: type, known: type) -> type:
 
     if layer is not known:
         return type(layer)(layer.__name__, (layer, _watched(known, known)), {})
-    calls = {name: watching(name) for name in METHODS if hasattr(known, name)}
+    calls = {name: watching(name) for name in _methods(known)}
     return type(known)(known.__name__, (known,), calls)
+
+
+def _methods(layer: type) -> set[str]:
+    """The calls of a layer that may use its kernel: whatever its author made public."""
+    own = (c for c in layer.__mro__ if c not in nnx.Module.__mro__)
+    public = {name for c in own for name, value in vars(c).items() if isfunction(value)}
+    return {name for name in public if name == "__call__" or not name.startswith("_")}
 
 
 def _name(path: tuple) -> str:
