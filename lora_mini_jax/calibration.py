@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 from lora_mini_jax.adapter import Adapter, draw
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.gradient import LossFn
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.methods.full import Full
 from lora_mini_jax.plan import Site
-from lora_mini_jax.gradient import LossFn
 from lora_mini_jax.tree import Target, float32, matrices, over_lead
 
 

@@ -9,9 +9,11 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.files import writes
 from lora_mini_jax.options import (
     Compare,
     Demo,
@@ -22,6 +24,7 @@ from lora_mini_jax.options import (
     Merge,
     MethodOptions,
     Methods,
+    PlanStep,
     Predict,
     Pretrain,
     from_file,
@@ -33,6 +36,7 @@ COMMANDS: dict[str, Any] = {
     "pretrain": Pretrain,
     "methods": Methods,
     "inspect": Inspect,
+    "plan": PlanStep,
     "generate": Generate,
     "predict": Predict,
     "merge": Merge,
@@ -83,32 +87,46 @@ def parse(argv: list[str]) -> Any:
 
 
 def run(options: Any) -> None:
-    """Carry out a command. What it needs is imported here, so that ``--help`` is quick."""
+    """Carry out a command, alone or as one of several processes."""
+    if getattr(options, "coordinator", None) is None:
+        return carry_out(options)
+    _needed("processes", "start")(options.coordinator, options.processes, options.process)
+    with contextlib.ExitStack() as stack:
+        if not writes():
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        return _needed("processes", "guarded")(partial(carry_out, options))
 
-    def function(module: str, name: str) -> Any:
-        return getattr(importlib.import_module(f"lora_mini_jax.{module}"), name)
 
+def carry_out(options: Any) -> None:
+    """The command itself. What it needs is imported here, so that ``--help`` is quick."""
     if isinstance(options, Compare):
-        function("compare", "compare")(options)
+        _needed("compare", "compare")(options)
+    elif isinstance(options, PlanStep):
+        _needed("forecast", "run_plan")(options)
     elif isinstance(options, Finetune):
-        say_summary(function("finetune", "finetune")(options), options)
+        say_summary(_needed("finetune", "finetune")(options), options)
     elif isinstance(options, Pretrain):
-        function("pretrain", "pretrain")(options)
+        _needed("pretrain", "pretrain")(options)
     elif isinstance(options, Inspect):
-        report = function("inspect", "inspect")(options)
-        print(json.dumps(report, indent=2) if options.json else function("inspect", "text")(report))
+        report = _needed("inspect", "inspect")(options)
+        print(json.dumps(report, indent=2) if options.json else _needed("inspect", "text")(report))
     elif isinstance(options, Methods):
-        print(function("inspect", "methods_text")())
+        print(_needed("inspect", "methods_text")())
     elif isinstance(options, Generate):
-        function("commands", "run_generate")(options)
+        _needed("commands", "run_generate")(options)
     elif isinstance(options, Predict):
-        function("predict", "run_predict")(options)
+        _needed("predict", "run_predict")(options)
     elif isinstance(options, Merge):
-        function("commands", "run_merge")(options)
+        _needed("commands", "run_merge")(options)
     elif isinstance(options, Export):
-        function("commands", "run_export")(options)
+        _needed("commands", "run_export")(options)
     else:
-        function("demo", "demo")(options)
+        _needed("demo", "demo")(options)
+
+
+def _needed(module: str, name: str) -> Any:
+    """What a module of the package defines, imported only now."""
+    return getattr(importlib.import_module(f"lora_mini_jax.{module}"), name)
 
 
 def say_summary(summary: dict[str, Any], options: Finetune) -> None:

@@ -1,35 +1,56 @@
-"""The commands that use a trained adapter: continue prompts, merge into the base, export."""
+"""The commands that use a trained adapter: continue or answer prompts, merge, export."""
+
+from typing import Any
 
 import jax.numpy as jnp
 
-from lora_mini_jax import peft, storage
+from lora_mini_jax import decode, decode_seq2seq, peft, storage
 from lora_mini_jax.adapter import Adapter
-from lora_mini_jax.data import load_tokenizer
-from lora_mini_jax.decode import generate
+from lora_mini_jax.data import Tokenizer, load_tokenizer
+from lora_mini_jax.data.pairs import source_ids
+from lora_mini_jax.errors import UserError
 from lora_mini_jax.finetune import Log
 from lora_mini_jax.head import head_of, load_for
 from lora_mini_jax.models import load
 from lora_mini_jax.models import save as save_model
-from lora_mini_jax.models.hub import resolve
+from lora_mini_jax.models.hub import load_module, resolve
+from lora_mini_jax.models.t5 import T5
 from lora_mini_jax.options import Export, Generate, Merge
 from lora_mini_jax.transform import merge
 
 
 def run_generate(options: Generate, say: Log = print) -> list[str]:
-    """Continue each prompt and say it; returns the continuations.
+    """Continue each prompt and say it, or say what a T5 answers; returns what the model wrote.
 
     Raises:
-        UserError: a model or adapter that cannot be used, or sampling settings out of range.
+        UserError: a model or adapter that cannot be used, or sampling settings that are out of
+            range or not for this model.
     """
     folder = resolve(options.model)
+    answers = type(load_module(folder)) is T5
+    if answers and (options.temperature, options.top_p) != (0, 1):
+        raise UserError("a T5 answers with the likeliest tokens only: leave --temperature and "
+                        "--top-p out")  # fmt: skip
     model, params = load(folder)
     tokenizer = load_tokenizer(folder)
     adapter: Adapter | None = None
     if options.adapter is not None:
         allow = options.allow_different_base
         adapter = storage.load(options.adapter, params, allow_different_base=allow)
+    write = _answers if answers else _continuations
+    written = write(options, tokenizer, model, params, adapter)
+    texts = [tokenizer.decode(ids) for ids in written]
+    for prompt, text in zip(options.prompt, texts, strict=True):
+        say(text if answers else prompt + text)
+    return texts
+
+
+def _continuations(
+    options: Generate, tokenizer: Tokenizer, model: Any, params: Any, adapter: Adapter | None
+) -> list[list[int]]:
+    """What a decoder writes after each prompt."""
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    written = generate(
+    return decode.generate(
         model,
         params,
         [start + tokenizer.encode(prompt) for prompt in options.prompt],
@@ -39,10 +60,19 @@ def run_generate(options: Generate, say: Log = print) -> list[str]:
         top_p=options.top_p,
         seed=options.seed,
     )
-    texts = [tokenizer.decode(ids) for ids in written]
-    for prompt, text in zip(options.prompt, texts, strict=True):
-        say(prompt + text)
-    return texts
+
+
+def _answers(
+    options: Generate, tokenizer: Tokenizer, model: Any, params: Any, adapter: Adapter | None
+) -> list[list[int]]:
+    """What a model with an encoder writes when it has read each prompt."""
+    return decode_seq2seq.generate(
+        model,
+        params,
+        source_ids(tokenizer, options.prompt),
+        adapter=adapter,
+        max_new_tokens=options.max_new_tokens,
+    )
 
 
 def run_merge(options: Merge, say: Log = print) -> None:
@@ -77,6 +107,13 @@ def run_export(options: Export, say: Log = print) -> None:
         names=peft.names_of(model),
         base=options.model,
         as_lora=options.as_lora,
-        task_type="CAUSAL_LM" if head_of(options.adapter) is None else "SEQ_CLS",
+        task_type=_task_type(model, options.adapter),
     )
     say(f"PEFT adapter: {options.output_dir}")
+
+
+def _task_type(model: Any, adapter: str) -> str:
+    """What PEFT calls the task of a model with this adapter."""
+    if head_of(adapter) is not None:
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if type(model) is T5 else "CAUSAL_LM"

@@ -24,6 +24,7 @@ import numpy as np
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models.attention import init_cache
 from lora_mini_jax.models.families import DECODERS
+from lora_mini_jax.processes import on_host
 
 _BUCKET = 32  # prompts are padded to a multiple, so that a few programs serve every length
 
@@ -97,7 +98,7 @@ def end_ids(config: Any, eos_id: int | Sequence[int] | None) -> np.ndarray:
 
 def rows_of(out: jax.Array) -> list[list[int]]:
     """The new tokens of each row, (rows, new) with -1 where there is none, as lists."""
-    return [[int(t) for t in row if t >= 0] for row in np.asarray(out)]
+    return [[int(t) for t in row if t >= 0] for row in on_host(out)]
 
 
 def wrong_rows(config: Any, rows: list[np.ndarray], new: int) -> list[str]:

@@ -23,8 +23,8 @@ import numpy as np
 
 from lora_mini_jax.decode import end_ids, padded, rows_of, wrong_rows
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.linen import adapt
 from lora_mini_jax.models.t5 import T5, init_cache
-from lora_mini_jax.transform import merge
 
 
 def generate(
@@ -43,8 +43,7 @@ def generate(
         model, params: a T5, as :func:`lora_mini_jax.models.load` returns it.
         sources: token ids, one list a row, of any lengths, as the model was trained to read them:
             usually with the end token at their end.
-        adapter: an adapter of ``params``, or None for the plain model. It is merged into a copy of
-            its kernels first, in their dtype: most of them are used at every token.
+        adapter: an adapter of ``params``, or None for the plain model.
         max_new_tokens: the most tokens a row may gain.
         eos_id: id or ids that end a row; None takes the config's, ``()`` never ends one.
 
@@ -70,12 +69,14 @@ def generate(
 @partial(jax.jit, static_argnums=(0, 1))
 def _run(model: T5, new: int, params, adapter, tokens, mask, ends) -> jax.Array:
     """New tokens (batch, new) int32, -1 from a row's end on."""
-    if adapter is not None:
-        params = merge(params, adapter)
     batch = tokens.shape[0]
 
     def call(tokens, written, cache, mask=None):
-        return model.apply({"params": params}, tokens, written, mask, cache=cache)
+        if adapter is None:
+            return model.apply({"params": params}, tokens, written, mask, cache=cache)
+        # A call that goes on uses neither the encoder nor what projects its output.
+        apply = adapt(model, whole=tokens is not None)
+        return apply(params, adapter, tokens, written, mask, cache=cache)
 
     def body(state):
         """Record token i and ask for the next."""

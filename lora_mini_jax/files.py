@@ -12,6 +12,19 @@ from typing import Any
 
 from lora_mini_jax.errors import UserError
 
+_writes = True
+
+
+def write_nothing() -> None:
+    """From now on this process writes no file: another does it for all, see `processes`."""
+    global _writes
+    _writes = False
+
+
+def writes() -> bool:
+    """Whether this process writes files, and speaks."""
+    return _writes
+
 
 @contextmanager
 def new_folder(path: str | Path) -> Generator[Path]:
@@ -30,6 +43,10 @@ def new_folder(path: str | Path) -> Generator[Path]:
         'whole'
     """
     path = Path(path)
+    if not _writes:
+        with tempfile.TemporaryDirectory() as unused:
+            yield Path(unused)
+        return
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_dir():
@@ -52,6 +69,8 @@ def new_folder(path: str | Path) -> Generator[Path]:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a whole text file or nothing."""
+    if not _writes:
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):

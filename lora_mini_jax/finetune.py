@@ -9,6 +9,7 @@ from lora_mini_jax.adapter import Adapter, count, draw
 from lora_mini_jax.best import Best
 from lora_mini_jax.calibration import calibrate
 from lora_mini_jax.choice import agreed
+from lora_mini_jax.devices import Devices
 from lora_mini_jax.loop import Log, fit
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.report import run_report
@@ -40,6 +41,7 @@ def finetune(options: Finetune, say: Log = print) -> Row:
     if done := folder.summary():
         say(f"{folder.path} is finished already; nothing to do")
         return done
+    devices = Devices.of(options)
     task = prepare(options)
     agreed(task.sites)  # or a search could not begin
     folder.create()
@@ -50,8 +52,8 @@ def finetune(options: Finetune, say: Log = print) -> Row:
     steps = total_steps(options, len(task.train))
     before = task.samples(None)
     sites = of_length(task.sites, steps, options.parsed_settings())
-    adapter = draw(task.params, sites, options.seed)
-    first = (task.train.batch(i) for i in range(min(CALIBRATION_BATCHES, steps)))
+    adapter = devices.adapter(draw(task.params, sites, options.seed))
+    first = (devices.batch(task.train.batch(i)) for i in range(min(CALIBRATION_BATCHES, steps)))
     adapter = calibrate(adapter, task.params, task.loss, first, has_aux=True)
     adapter = searched(options, folder, task, adapter, steps, say)
     tx = optimizer(options, steps, adapter.sites, options.lora_plus_ratio)

@@ -20,6 +20,13 @@ from lora_mini_jax.plan import Site
 from lora_mini_jax.train import TrainState, make_train_step
 from lora_mini_jax.tree import Target
 
+AS_ON_ACCELERATORS = {
+    "xla_disable_hlo_passes": "while-loop-invariant-code-motion,"
+    "while-loop-expensive-invariant-code-motion"
+}
+"""A CPU computes bfloat16 in float32, and XLA would widen the kernels of all scanned layers, or
+gather them from all devices, before the loop: what no accelerator does."""
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -81,7 +88,7 @@ def footprint(
     batch = _placed(batch, jax.tree.map(lambda _: sharding.of_batch(mesh), batch))
     step = make_train_step(loss_fn, tx, has_aux=has_aux, parts=parts, like=state)
     traced = step.trace(state, params, batch)
-    compiled = traced.lower().compile()
+    compiled = traced.lower().compile(AS_ON_ACCELERATORS if _on_cpu(mesh) else None)
     exchanged: Counter = Counter()
     for each in collectives(compiled):
         exchanged[each.kind] += each.bytes * each.times
@@ -94,6 +101,10 @@ def footprint(
         flops=dot_flops(traced.jaxpr),
         exchanged=dict(exchanged),
     )
+
+
+def _on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def _of_state(

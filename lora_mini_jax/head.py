@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from lora_mini_jax import storage
 from lora_mini_jax.errors import UserError
@@ -53,12 +52,11 @@ class Head:
                             f"{self.task}: give an encoder, one of {', '.join(known)}")  # fmt: skip
         return family.module(family.config.from_hf(asked(family, hf, *self._asked)))
 
-    def load(self, folder: Path, *, dtype: Any = jnp.float32, remat: bool = False) -> Any:
-        """The model with this head, and its parameters; errors as in ``models.load``."""
+    def load(self, folder: Path, **how: Any) -> Any:
+        """The model with this head, and its parameters, read as ``how`` says; it and errors as in
+        ``models.load``."""
         task, _, labels = self._asked
-        model, params = load(
-            folder, task=task, labels=labels, seed=self.seed, dtype=dtype, remat=remat
-        )
+        model, params = load(folder, task=task, labels=labels, seed=self.seed, **how)
         config = replace(model.config, problem_type=PROBLEMS[self.task])
         return model.clone(config=config), params
 

@@ -3,7 +3,7 @@
 Only the model's config is read; arrays are shapes and nothing is computed.
 """
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import flax.linen as nn
@@ -13,13 +13,13 @@ import optax
 
 from lora_mini_jax import linen
 from lora_mini_jax.adapter import Adapter, draw
-from lora_mini_jax.data import token_loss
 from lora_mini_jax.flops import dot_flops
 from lora_mini_jax.methods import METHODS
+from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import load_module
 from lora_mini_jax.options import Inspect
 from lora_mini_jax.plan import Site
-from lora_mini_jax.task import planned_sites
+from lora_mini_jax.task import all_targets, sites_among
 from lora_mini_jax.train import TrainState, make_train_step
 
 Report = dict[str, Any]
@@ -28,19 +28,19 @@ Report = dict[str, Any]
 def inspect(options: Inspect) -> Report:
     """The plan as a JSON-ready dict: a list of ``kernels``, and the totals.
 
+    Of an encoder, all is without its head: that is a task's, and trained whole.
+
     Raises:
         UserError: a model that cannot be read, or kernels that the method cannot adapt.
     """
-    model = load_module(options.model)
+    model = without_head(load_module(options.model))
     sites = planned_sites(options, model)
-    tokens = jax.ShapeDtypeStruct((options.batch_size, options.max_length), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    params = family_of_module(model).shapes(model)
     adapter = jax.eval_shape(lambda p: draw(p, sites, 0), params)
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     trainable = sum(leaf.size for leaf in jax.tree.leaves(adapter.trainable))
-    step = adapter_flops(model, params, adapter, tokens)
-    full = full_flops(model, params, tokens)
-    return {
+    stored = [leaf for site in sites for leaf in _stored(site, adapter)]
+    report = {
         "model": options.model,
         "methods": [m.to_dict() for m in dict.fromkeys(site.method for site in sites)],
         "kernels": [kernel(site, adapter) for site in sites],
@@ -48,13 +48,39 @@ def inspect(options: Inspect) -> Report:
         "trainable": trainable,
         "trainable_share": trainable / total,
         "frozen_outer": sum(leaf.size for leaf in jax.tree.leaves(adapter.frozen)),
-        "frozen_saved": sum(_saved(site, adapter) for site in sites),
+        "frozen_saved": sum(leaf.size for leaf in stored),
+        "adapter_bytes": _bytes((adapter.trainable, stored)),
         "optimizer_bytes": optimizer_bytes(adapter.trainable),
         "full_optimizer_bytes": optimizer_bytes(params),
-        "step_gflop": step / 1e9,
-        "full_step_gflop": full / 1e9,
-        "tokens_per_step": tokens.size,
     }
+    if options.config_only:
+        return report
+    inputs = [
+        jax.ShapeDtypeStruct((options.batch_size, options.max_length), one.dtype)
+        for one in family_of_module(model).inputs()
+    ]
+    return report | {
+        "step_gflop": adapter_flops(model, params, adapter, inputs) / 1e9,
+        "full_step_gflop": full_flops(model, params, inputs) / 1e9,
+        "tokens_per_step": sum(one.size for one in inputs),
+    }
+
+
+def without_head(model: Any) -> Any:
+    """An encoder without the head that its ``config.json`` names; every other model as it is."""
+    if not family_of_module(model).trunk:
+        return model
+    return model.clone(config=replace(model.config, task=None))
+
+
+def planned_sites(options: Inspect, model: nn.Module) -> tuple[Site, ...]:
+    """Which method adapts which kernel; of an encoder, of those that are below any head."""
+    trunk = family_of_module(model).trunk
+    kernels, everything = (
+        [t for t in each if not trunk or t.path.split("/")[0] in trunk]
+        for each in all_targets(model)
+    )
+    return sites_among(options, kernels, everything)
 
 
 def kernel(site: Site, adapter: Adapter) -> Report:
@@ -69,10 +95,10 @@ def kernel(site: Site, adapter: Adapter) -> Report:
     }
 
 
-def _saved(site: Site, adapter: Adapter) -> int:
-    """Numbers of a kernel's frozen leaves that a saved adapter holds."""
+def _stored(site: Site, adapter: Adapter) -> list[Any]:
+    """A kernel's frozen leaves that a saved adapter holds."""
     leaves, method = adapter.frozen[site.target.path], site.method
-    return sum(leaves[name].size for name in method.stored - method.scratch)
+    return [leaves[name] for name in method.stored - method.scratch]
 
 
 def _sizes(site: Site) -> Report:
@@ -82,37 +108,33 @@ def _sizes(site: Site) -> Report:
 
 def optimizer_bytes(trained: Any) -> int:
     """Bytes of Adam's state for these leaves in float32."""
-    state = jax.eval_shape(optax.adam(1e-3).init, trained)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return _bytes(jax.eval_shape(optax.adam(1e-3).init, trained))
 
 
-def adapter_flops(model: nn.Module, params: Any, adapter: Adapter, tokens: Any) -> int:
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def adapter_flops(model: nn.Module, params: Any, adapter: Adapter, inputs: Any) -> int:
     """FLOPs of the matrix products of one training step with the adapter."""
     apply, tx = linen.adapt(model), optax.adam(1e-3)
-    step = make_train_step(
-        lambda p, a, batch, key: mean_loss(apply(p, a, batch["tokens"]), batch), tx
-    )
+    step = make_train_step(lambda p, a, batch, key: some_loss(apply(p, a, *batch)), tx)
     state = jax.eval_shape(lambda a: TrainState.create(a, tx), adapter)
-    return dot_flops(jax.make_jaxpr(step)(state, params, _batch(tokens)))
+    return dot_flops(jax.make_jaxpr(step)(state, params, inputs))
 
 
-def full_flops(model: nn.Module, params: Any, tokens: Any) -> int:
+def full_flops(model: nn.Module, params: Any, inputs: Any) -> int:
     """FLOPs of the matrix products of one step that trains every parameter."""
 
-    def loss(p: Any, batch: Any) -> Any:
-        return mean_loss(model.apply({"params": p}, batch["tokens"]), batch)
+    def loss(p: Any, *given: Any) -> Any:
+        return some_loss(model.apply({"params": p}, *given))
 
-    return dot_flops(jax.make_jaxpr(jax.grad(loss))(params, _batch(tokens)))
-
-
-def mean_loss(logits: Any, batch: Any) -> Any:
-    """Mean loss over the tokens that count."""
-    total, number = token_loss(logits, batch)
-    return total / number
+    return dot_flops(jax.make_jaxpr(jax.grad(loss))(params, *inputs))
 
 
-def _batch(tokens: Any) -> dict[str, Any]:
-    return {"tokens": tokens, "loss_mask": jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)}
+def some_loss(outputs: Any) -> Any:
+    """A number that depends on all outputs. A real loss has no matrix products either."""
+    return sum(jnp.mean(leaf) for leaf in jax.tree.leaves(outputs))
 
 
 def methods_text() -> str:
@@ -137,7 +159,6 @@ def text(report: Report) -> str:
             f"{k['path']:{width}}  {shape:>16}  {k['trained']:>9,}  {k['frozen']:>9,}  {sizes}"
         )
     share, total = report["trainable_share"], report["model_parameters"]
-    ratio, tokens = report["step_gflop"] / report["full_step_gflop"], report["tokens_per_step"]
     lines += [
         "",
         *(f"method            {method}" for method in report["methods"]),
@@ -145,9 +166,12 @@ def text(report: Report) -> str:
         f"trained           {report['trainable']:,} of {total:,} ({share:.3%})",
         f"frozen outer      {report['frozen_outer']:,} (saved with the adapter: "
         f"{report['frozen_saved']:,}; the others are drawn again from the key)",
+        f"saved adapter     {report['adapter_bytes']:,} bytes of float32 numbers",
         f"optimizer state   {report['optimizer_bytes']:,} bytes "
         f"(full fine-tuning: {report['full_optimizer_bytes']:,})",
-        f"products a step   {report['step_gflop']:.2f} GFLOP at {tokens:,} tokens "
-        f"(full fine-tuning: {report['full_step_gflop']:.2f}; {ratio:.2f} of it)",
     ]
+    if "step_gflop" in report:
+        step, full = report["step_gflop"], report["full_step_gflop"]
+        lines.append(f"products a step   {step:.2f} GFLOP at {report['tokens_per_step']:,} tokens "
+                     f"(full fine-tuning: {full:.2f}; {step / full:.2f} of it)")  # fmt: skip
     return "\n".join(lines)

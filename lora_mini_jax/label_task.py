@@ -24,6 +24,7 @@ from lora_mini_jax.data import (
     numbers,
 )
 from lora_mini_jax.data.files import Record
+from lora_mini_jax.devices import reading
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.glue import LABEL
 from lora_mini_jax.head import Head
@@ -116,7 +117,7 @@ def prepare(options: Finetune) -> LabelTask:
         for rows, source in zip(records, called, strict=True)
     ]
     check_rows(module, tokenizer, *(rows for rows, _ in parts))
-    model, params = head.load(folder, dtype=jnp.dtype(options.dtype), remat=options.remat)
+    model, params = head.load(folder, **reading(options, module))
     train, valid = (Batches(rows, options.batch_size, options.seed) for rows, _ in parts)
     notes = [
         f"{cut} {name} texts were cut at {options.max_length} tokens"

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lora_mini_jax.adapter import Adapter
@@ -17,15 +16,18 @@ from lora_mini_jax.data import (
     encode_records,
     examples_right,
     load_tokenizer,
+    next_tokens,
     pack,
-    token_loss,
+    summed,
 )
 from lora_mini_jax.decode import generate
+from lora_mini_jax.devices import reading
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models import load
 from lora_mini_jax.models.hub import load_decoder_config, load_module, resolve
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.plan import Site
+from lora_mini_jax.scores import Scores
 from lora_mini_jax.task import Task, check_ids, planned_sites, read_data, sources
 
 
@@ -48,12 +50,12 @@ class LanguageTask(Task):
         self, params: Any, adapter: Adapter, batch: Any, dropout_key: jax.Array | None = None
     ) -> tuple[Any, Any]:
         """The summed loss of a batch and the number of tokens that count, float32."""
-        return token_loss(self.logits(params, adapter, batch, dropout_key), batch)
+        return summed(self.scores(params, adapter, batch, dropout_key).losses, batch)
 
     def score(self, params: Any, adapter: Adapter, batch: Any) -> tuple[Any, ...]:
         """Summed loss, tokens that count, examples that are right, examples; float32."""
-        logits = self.logits(params, adapter, batch)
-        return *token_loss(logits, batch), *examples_right(logits, batch)
+        found = self.scores(params, adapter, batch)
+        return *summed(found.losses, batch), *examples_right(found.right, batch)
 
     def measures(self, scores: Sequence[Any]) -> dict[str, float]:
         """``valid_loss``, the mean in nats per token that counts, and ``valid_right``, the share
@@ -65,23 +67,27 @@ class LanguageTask(Task):
         }
 
     def samples(self, adapter: Adapter | None) -> list[tuple[str, str]]:
-        """The held-out prompts, and what the model writes after them, greedily."""
-        written = generate(
+        """The held-out prompts, and what the model writes after them."""
+        decode, written = self.tokenizer.decode, self.written(adapter)
+        return [(decode(p), decode(ids)) for p, ids in zip(self.prompts, written, strict=True)]
+
+    def written(self, adapter: Adapter | None) -> list[list[int]]:
+        """The token ids that the model writes after each of the prompts, greedily."""
+        return generate(
             self.model,
             self.params,
             self.prompts,
             adapter=adapter,
             max_new_tokens=self.max_new_tokens,
         )
-        decode = self.tokenizer.decode
-        return [(decode(p), decode(ids)) for p, ids in zip(self.prompts, written, strict=True)]
 
-    def logits(
+    def scores(
         self, params: Any, adapter: Adapter, batch: Any, dropout_key: jax.Array | None = None
-    ) -> jax.Array:
-        """(rows, length, vocabulary) float32."""
+    ) -> Scores:
+        """What the model thinks of every token that follows another; (rows, length)."""
         inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
-        return self.apply(params, adapter, *inputs, dropout_key=dropout_key)
+        following = {"labels": next_tokens(batch), "dropout_key": dropout_key}
+        return self.apply(params, adapter, *inputs, **following)
 
 
 def prepare(options: Finetune) -> LanguageTask:
@@ -96,7 +102,7 @@ def prepare(options: Finetune) -> LanguageTask:
     train, valid = _encode(options, tokenizer)
     top = max(int(e.tokens.max()) for part in (train, valid) for e in part.examples)
     check_ids(tokenizer, config.vocab_size, top)
-    model, params = load(folder, dtype=jnp.dtype(options.dtype), remat=options.remat)
+    model, params = load(folder, **reading(options, load_module(folder)))
     train_rows, valid_rows = (
         Batches(_pack(encoded, options), options.batch_size, options.seed)
         for encoded in (train, valid)
@@ -107,7 +113,7 @@ def prepare(options: Finetune) -> LanguageTask:
         sites,
         train_rows,
         valid_rows,
-        notes=[*_notes(train, "training", options), *_notes(valid, "held-out", options)],
+        notes=[*notes_of(train, "training", options), *notes_of(valid, "held-out", options)],
         tokenizer=tokenizer,
         prompts=_prompts(valid, options),
         max_new_tokens=options.max_new_tokens,
@@ -148,7 +154,8 @@ def _pack(encoded: Encoded, options: Finetune) -> Packed:
     return pack(encoded.examples, options.max_length, packing=options.packing)
 
 
-def _notes(encoded: Encoded, name: str, options: Finetune) -> list[str]:
+def notes_of(encoded: Any, name: str, options: Finetune) -> list[str]:
+    """What was left out of the encoded data, or cut, in words."""
     counts = {"skipped": encoded.skipped, "cut": encoded.truncated}
     return [
         f"{count} {name} examples were {what}: longer than {options.max_length} tokens, or with "
@@ -158,12 +165,17 @@ def _notes(encoded: Encoded, name: str, options: Finetune) -> list[str]:
     ]
 
 
+def spread(examples: Sequence[Any], number: int) -> Sequence[Any]:
+    """Examples at equal distances: so many or some more, all where there are fewer."""
+    return examples[:: max(1, len(examples) // max(1, number))]
+
+
 def _prompts(encoded: Encoded, options: Finetune) -> list[list[int]]:
     """The start of a few held-out examples: what comes before the first token with a loss; of a
     text, which has loss everywhere, the first few tokens."""
     room = options.max_length - options.max_new_tokens
     prompts = []
-    for example in encoded.examples[:: max(1, len(encoded.examples) // max(1, options.samples))]:
+    for example in spread(encoded.examples, options.samples):
         first = int(np.argmax(example.loss_mask))
         cut = first if first > 2 else min(12, len(example.tokens) - 1)
         if 0 < cut <= room:

@@ -97,7 +97,9 @@ def targets(
     return tuple(found[path] for path in flat if path in found)
 
 
-def adapt(model: nn.Module, rules: Rules | None = None) -> Callable[..., Any]:
+def adapt(
+    model: nn.Module, rules: Rules | None = None, *, whole: bool = True
+) -> Callable[..., Any]:
     """The model's ``apply`` with an adapter: ``apply(params, adapter, *inputs, **kwargs)``.
 
     Computes ``x @ W + delta(x)`` in each adapted layer: thin products, never a dense update. Pure:
@@ -106,6 +108,9 @@ def adapt(model: nn.Module, rules: Rules | None = None) -> Callable[..., Any]:
     Args:
         model: any Linen module, unchanged.
         rules: layers of your own, as for `targets`.
+        whole: whether every call has to use every adapted kernel, so that one that is never used
+            does not go unseen. False for calls that use a part of the model, such as a decoder's
+            step without its encoder; kernels of one method that depend on each other still do.
 
     Returns:
         ``apply(params, adapter, *inputs, variables=None, dropout_key=None, **kwargs)``;
@@ -114,8 +119,8 @@ def adapt(model: nn.Module, rules: Rules | None = None) -> Callable[..., Any]:
         ``kwargs`` go to ``model.apply`` (``rngs``, ``mutable``).
 
     Raises:
-        UserError: from ``apply``: an adapted kernel that the call never used, or that ``params``
-            does not have.
+        UserError: from ``apply``: an adapted kernel that the call never used, where ``whole``, or
+            that ``params`` does not have.
 
     Example:
         >>> from lora_mini_jax import LoRA, init
@@ -154,7 +159,8 @@ def adapt(model: nn.Module, rules: Rules | None = None) -> Callable[..., Any]:
         joined = beside.marked(*beside.prepared(params, adapter, dropout_key))
         with nn.intercept_methods(interceptor):
             out = model.apply({**(variables or {}), "params": joined}, *inputs, **kwargs)
-        beside.check_used(sites, used)
+        if whole:
+            beside.check_used(sites, used)
         return out
 
     return apply

@@ -9,14 +9,17 @@ import optax
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.best import Best
 from lora_mini_jax.checkpoint import Checkpoints
+from lora_mini_jax.devices import Devices
 from lora_mini_jax.meter import Meter
 from lora_mini_jax.options import Training
+from lora_mini_jax.processes import on_host
 from lora_mini_jax.runs import Row, RunFolder
 from lora_mini_jax.schedule import learning_rate
 from lora_mini_jax.task import Task
 from lora_mini_jax.train import TrainState, make_train_step
 
 Log = Callable[[str], None]
+ONE = Devices()
 
 
 def fit(
@@ -47,9 +50,13 @@ def fit(
     Raises:
         UserError: a loss that is not finite; a damaged checkpoint; a full disk.
     """
-    state = TrainState.create(adapter, tx, options.seed)
+    devices = Devices.of(options)
+    state = devices.state(TrainState.create(devices.adapter(adapter), tx, options.seed))
     every = options.eval_every or task.eval_every
-    evaluate, step = make_evaluate(task), make_train_step(task.loss, tx, has_aux=True)
+    evaluate = make_evaluate(task, devices)
+    step = make_train_step(
+        task.loss, tx, has_aux=True, parts=options.accumulate, like=state if devices.mesh else None
+    )
     with Checkpoints(folder.checkpoints) as checkpoints:
         state = checkpoints.restore(state) or state
         start = int(state.step)
@@ -62,11 +69,12 @@ def fit(
             if start == 0:
                 meter.evaluated(evaluate(state.adapter))
             if start < steps:
-                step = step.lower(state, task.params, task.train.batch(start)).compile()
+                batch = devices.batch(task.train.batch(start))
+                step = step.lower(state, task.params, batch).compile()
                 meter.compiled(step)
             for i in range(start, steps):
                 batch = task.train.batch(i)
-                state, metrics = step(state, task.params, batch)
+                state, metrics = step(state, task.params, devices.batch(batch))
                 meter.add(metrics, int(np.count_nonzero(batch["segment_ids"])))
                 done = i + 1
                 evaluated = done < steps and _due(done, every, steps)
@@ -84,13 +92,14 @@ def fit(
     return state
 
 
-def make_evaluate(task: Task) -> Callable[[Adapter], Row]:
+def make_evaluate(task: Task, devices: Devices = ONE) -> Callable[[Adapter], Row]:
     """Compile ``evaluate(adapter)``, which gives the task's measures on the held-out data."""
     compiled = jax.jit(task.score)
 
     def evaluate(adapter: Adapter) -> Row:
-        scores = [compiled(task.params, adapter, b) for b in task.valid.eval_batches()]
-        return task.measures(jax.device_get(scores))
+        batches = map(devices.batch, task.valid.eval_batches())
+        scores = [compiled(task.params, adapter, batch) for batch in batches]
+        return task.measures(on_host(scores))
 
     return evaluate
 

@@ -9,6 +9,7 @@ import optax
 from tqdm import tqdm
 
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.files import writes
 from lora_mini_jax.options import Training
 from lora_mini_jax.runs import Row, RunFolder
 
@@ -25,8 +26,10 @@ class Meter:
         self._before = max((row["seconds"] for row in rows), default=0.0)
         self._began, self._last, self._pending = time.monotonic(), time.monotonic(), []
         self._tokens = 0
-        self._bar = tqdm(total=steps, initial=start, unit="step", desc=options.method)
-        self._board = _board(folder) if options.tensorboard else None
+        self._bar = tqdm(
+            total=steps, initial=start, unit="step", desc=options.method, disable=not writes()
+        )
+        self._board = _board(folder) if options.tensorboard and writes() else None
 
     def __enter__(self) -> "Meter":
         return self

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 
 from lora_mini_jax.adapter import count, draw
+from lora_mini_jax.devices import Devices
+from lora_mini_jax.files import writes
 from lora_mini_jax.loop import Log, fit
 from lora_mini_jax.models import save
 from lora_mini_jax.options import Pretrain
@@ -65,6 +67,7 @@ def pretrain(options: Pretrain, say: Log = print) -> Row:
     if done := folder.summary():
         say(f"{folder.path} is finished already; nothing to do")
         return done
+    Devices.of(options)  # or a mesh that does not fit would show only after all text was read
     task = prepare(options)
     folder.create()
     say(f"{task.train.packed.loss_mask.sum():,} tokens to train on, "
@@ -74,7 +77,8 @@ def pretrain(options: Pretrain, say: Log = print) -> Row:
     task, tx = replace(task, params=params), optimizer(options, options.steps, task.sites)
     state = fit(options, folder, task, adapter, tx, options.steps, say)
 
-    shutil.rmtree(folder.model, ignore_errors=True)  # of a run that was killed right after it
+    if writes():  # what a run that was killed right after it has left
+        shutil.rmtree(folder.model, ignore_errors=True)
     merged = merge(task.params, state.adapter)
     save(folder.model, task.model, merged, tokenizer_from=options.tokenizer)
     summary = summarize(options, task, state, folder)

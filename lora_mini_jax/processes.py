@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_mini_jax import files
 from lora_mini_jax.errors import UserError
 
 HEARTBEAT_SECONDS = 60
@@ -49,11 +50,8 @@ def start(coordinator: str, processes: int | None = None, process: int | None = 
         raise UserError(
             f"--coordinator {coordinator}: the processes did not meet: {reason}"
         ) from None
-
-
-def first() -> bool:
-    """Whether this process is the one that writes and speaks."""
-    return jax.process_index() == 0
+    if jax.process_index() > 0:
+        files.write_nothing()
 
 
 def together(name: str) -> None:

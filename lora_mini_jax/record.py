@@ -15,6 +15,7 @@ from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.methods import from_dict
 from lora_mini_jax.plan import Site
+from lora_mini_jax.processes import on_host
 from lora_mini_jax.sketch import sketch
 from lora_mini_jax.tree import Target, flatten
 
@@ -38,7 +39,7 @@ def to_text(
         "format": FORMAT,
         "base": base,
         **({} if task is None else {"task": dict(task)}),
-        "key": np.asarray(adapter.key).tolist(),
+        "key": on_host(adapter.key).tolist(),
         "methods": [method.to_dict() for method in methods],
         "sites": [
             _site_record(site, methods, drawn_again.get(site.target.path, {}))

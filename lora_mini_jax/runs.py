@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.files import read_json, read_object, write_json, write_text, writing
+from lora_mini_jax.files import read_json, read_object, write_json, write_text, writes, writing
 from lora_mini_jax.options import Training, defaults, differences, to_json
+from lora_mini_jax.processes import together
 
 Row = dict[str, Any]
+ELSEWHERE = ("output_dir", "mesh", "coordinator", "processes", "process")
+"""Options that a run may go on with another way: where it runs is not what it computes."""
 
 
 class RunFolder:
@@ -27,7 +30,7 @@ class RunFolder:
         if self._saved.exists():
             # A run from before there was some option did what that option's default says.
             before = defaults(options) | read_object(self._saved)
-            changed = differences(before, self._config, ignore=("output_dir",))
+            changed = differences(before, self._config, ignore=ELSEWHERE)
             if changed:
                 raise UserError(
                     f"{self.path} holds a run of another config ({'; '.join(changed)}): give the "
@@ -40,9 +43,11 @@ class RunFolder:
 
     def create(self) -> None:
         """Make the folder, with the options in it."""
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+        if writes():
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
         write_json(self._saved, self._config)
+        together("run folder made")
 
     @property
     def checkpoints(self) -> Path:
@@ -85,10 +90,16 @@ class RunFolder:
         """Forget the metrics after ``step``, which the run is about to do again."""
         kept = [row for row in self.metrics() if row["step"] <= step]
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        together("metrics rewound")
 
     def log(self, rows: Iterable[Row]) -> None:
         """Append lines to metrics.jsonl."""
+        if writes():
+            self._append("".join(json.dumps(row) + "\n" for row in rows))
+        together("metrics written")
+
+    def _append(self, lines: str) -> None:
         with writing(self.path), open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.write(lines)
             file.flush()
             os.fsync(file.fileno())

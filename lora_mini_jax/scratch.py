@@ -17,6 +17,7 @@ from lora_mini_jax.data import (
     pack,
     thinned,
 )
+from lora_mini_jax.devices import Devices
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.language_task import LanguageTask, check_length
 from lora_mini_jax.methods import Full
@@ -44,7 +45,10 @@ def prepare(options: Pretrain) -> LanguageTask:
     sites = planned_sites(options, model)
     train, valid = read_texts(options, tokenizer)
     tokens = jnp.zeros((1, 2), jnp.int32)
-    params = jax.jit(model.init)(as_key(options.seed), tokens)["params"]
+    shapes = jax.eval_shape(model.init, as_key(options.seed), tokens)["params"]
+    places = Devices.of(options).params(shapes, all_targets(model)[0])
+    init = jax.jit(lambda key: model.init(key, tokens)["params"], out_shardings=places)
+    params = init(as_key(options.seed))
     return LanguageTask(
         model, params, sites, train, valid, notes=[], tokenizer=tokenizer, prompts=[]
     )

@@ -8,11 +8,13 @@ from tqdm import tqdm
 
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.choice import agreed, discretise
+from lora_mini_jax.devices import Devices
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.files import write_json
+from lora_mini_jax.files import write_json, writes
 from lora_mini_jax.loop import Log, make_evaluate
 from lora_mini_jax.methods.diffora import DiffoRA
 from lora_mini_jax.options import Finetune
+from lora_mini_jax.processes import on_host
 from lora_mini_jax.runs import RunFolder
 from lora_mini_jax.schedule import optimizer
 from lora_mini_jax.search import halves, make_search_step, search_state
@@ -79,12 +81,14 @@ def search(
     tx_gate = optax.adam(method.gate_learning_rate)
     step = make_search_step(task.loss, tx, tx_gate, has_aux=True)
     state, pending, began = search_state(adapter, tx, tx_gate, options.seed), [], time.monotonic()
-    before = {"step": -steps, **make_evaluate(task)(adapter), "seconds": 0.0}
+    devices = Devices.of(options)
+    before = {"step": -steps, **make_evaluate(task, devices)(adapter), "seconds": 0.0}
     folder.rewind(-steps - 1)
     folder.log([before])
-    for i in tqdm(range(steps), unit="step", desc="search"):
-        state, metrics = step(state, task.params, train.batch(i), valid.batch(i))
-        pending.append(metrics)
+    for i in tqdm(range(steps), unit="step", desc="search", disable=not writes()):
+        batches = devices.batch(train.batch(i)), devices.batch(valid.batch(i))
+        state, metrics = step(state, task.params, *batches)
+        pending.append(on_host(metrics))
         if (i + 1) % options.log_every == 0 or i + 1 == steps:
             loss, gate_loss = np.asarray(pending, np.float64).T.mean(1).tolist()
             if not np.isfinite(loss + gate_loss):

@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from lora_mini_jax.processes import on_host
+from lora_mini_jax.tree import dense
+
 MOST = 1 << 16  # entries looked at in one array, evenly spread: an 8B model is sketched in seconds
 
 
@@ -21,7 +24,7 @@ def sketch(array: Any, n: int = 2) -> list[float]:
         >>> same(sketch(a), sketch(a + 1e-6)), same(sketch(a), sketch(a.cumsum(1)))
         (True, False)
     """
-    flat = np.asarray(array).reshape(-1)
+    flat = np.asarray(on_host(dense(array))).reshape(-1)
     flat = flat[:: max(1, flat.size // MOST)].astype(np.float64)
     if flat.size == 0:
         return [0.0] * (n + 1)

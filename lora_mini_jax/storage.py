@@ -18,6 +18,7 @@ from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import new_folder, read_json, write_text, writing
 from lora_mini_jax.method import Factors
 from lora_mini_jax.plan import check
+from lora_mini_jax.processes import on_host, together
 from lora_mini_jax.record import Record, fingerprint, read_record, to_text
 from lora_mini_jax.sketch import same, sketch
 from lora_mini_jax.tree import flatten
@@ -50,7 +51,7 @@ def save(
     from safetensors.numpy import save_file
 
     stored = _stored(adapter, store_outer)
-    tensors = {f"{group}/{path}": np.asarray(leaf) for group in GROUPS
+    tensors = {f"{group}/{path}": on_host(leaf) for group in GROUPS
                for path, leaf in flatten(stored[group]).items()}  # fmt: skip
     with new_folder(folder) as temporary:
         with writing(folder):
@@ -58,6 +59,7 @@ def save(
         drawn_again = _drawn_again(adapter, stored["frozen"])
         text = to_text(adapter, params, drawn_again=drawn_again, base=base, task=task)
         write_text(temporary / "adapter.json", text)
+    together("adapter saved")
 
 
 def load(

@@ -1,7 +1,8 @@
 """What a training run works on: model, data and loss, read and checked up front.
 
 `Task` is what all kinds have in common; a file for each kind makes and measures it:
-`language_task` for text that is continued, `label_task` for texts that have a class or a number.
+`language_task` for text that is continued, `seq2seq_task` for sources that are answered, and
+`label_task` for texts that have a class or a number.
 """
 
 from abc import ABC, abstractmethod
@@ -22,6 +23,9 @@ from lora_mini_jax.budget import within
 from lora_mini_jax.data import Batches, Tokenizer, read_glue, read_records
 from lora_mini_jax.data.files import Record
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.models.families import family_of_module
+from lora_mini_jax.models.hub import load_module
+from lora_mini_jax.models.t5 import T5
 from lora_mini_jax.options import AdapterOptions, Finetune, one_or_names
 from lora_mini_jax.plan import Site, check, plan
 from lora_mini_jax.selection import select
@@ -103,16 +107,18 @@ def planned(options: Finetune) -> tuple[Site, ...]:
 
 
 def _kind(options: Finetune) -> ModuleType:
-    from lora_mini_jax import label_task, language_task  # which build on this file
+    from lora_mini_jax import label_task, language_task, seq2seq_task  # which build on this file
 
-    return language_task if options.task == "language" else label_task
+    if options.task != "language":
+        return label_task
+    return seq2seq_task if type(load_module(options.model)) is T5 else language_task
 
 
 def all_targets(model: nn.Module) -> tuple[tuple[Target, ...], tuple[Target, ...]]:
-    """The kernels of a model, and all its parameters; no weights are needed."""
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    kernels = linen.targets(model, shapes, tokens)
+    """The kernels of a model that `load` reads, and all its parameters; no weights are needed."""
+    family = family_of_module(model)
+    shapes = family.shapes(model)
+    kernels = linen.targets(model, shapes, *family.inputs())
     return kernels, parameters(shapes, kernels)
 
 
@@ -125,13 +131,23 @@ def planned_sites(
     says what is. A kernel of that head is the method's only where ``target_modules`` names it.
     """
     kernels, everything = all_targets(model)
+    head = [t for t in everything if trunk and t.path.split("/")[0] not in trunk]
+    return sites_among(options, kernels, everything, head)
+
+
+def sites_among(
+    options: AdapterOptions,
+    kernels: Sequence[Target],
+    everything: Sequence[Target],
+    head: Sequence[Target] = (),
+) -> tuple[Site, ...]:
+    """The same where it is known what there is: the kernels, all parameters, those of the head."""
     method = options.adapter_method()
     from_these = everything if method.adapts_any_array else kernels
     chosen = select(from_these, options.include(), options.exclude_modules)
     if save := options.modules_to_save:
         whole = select(everything, one_or_names(save))
     else:
-        head = [t for t in everything if trunk and t.path.split("/")[0] not in trunk]
         named = chosen if options.target_modules else ()
         whole = tuple(target for target in head if target not in named)
         chosen = tuple(target for target in chosen if target not in whole)

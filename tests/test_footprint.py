@@ -8,7 +8,7 @@ import pytest
 
 from lora_mini_jax import TrainState, init, make_train_step, sharding
 from lora_mini_jax.collectives import collectives
-from lora_mini_jax.footprint import footprint
+from lora_mini_jax.footprint import AS_ON_ACCELERATORS, footprint
 from lora_mini_jax.methods import LoRAMini, SwitchLoRA
 from tests.test_sharding import TOKENS, loss_of, made, on_mesh
 
@@ -30,7 +30,7 @@ def test_bytes_of_arguments_and_exchanges_are_those_of_the_real_step(method: Any
     params, adapter, batch = on_mesh("fsdp=4,tensor=2", params, adapter, targets)
     state = sharding.settled(mesh, TrainState.create(adapter, tx))
     step: Any = make_train_step(loss_of(model), tx, like=state)
-    compiled = step.lower(state, params, batch).compile()
+    compiled = step.lower(state, params, batch).compile(AS_ON_ACCELERATORS)
     assert found.params == on_one_device(params)
     assert found.adapter == on_one_device(adapter)
     assert found.optimizer == on_one_device(state.opt_state)

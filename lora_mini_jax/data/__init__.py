@@ -18,7 +18,7 @@ from lora_mini_jax.data.labels import (
     encode_labelled,
     numbers,
 )
-from lora_mini_jax.data.loss import examples_right, token_loss
+from lora_mini_jax.data.loss import examples_right, next_tokens, summed, token_loss
 from lora_mini_jax.data.records import read_records
 from lora_mini_jax.data.texts import encode_texts, find_texts, hold_out, thinned
 from lora_mini_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -40,10 +40,12 @@ __all__ = [
     "find_texts",
     "hold_out",
     "load_tokenizer",
+    "next_tokens",
     "numbers",
     "pack",
     "read_glue",
     "read_records",
+    "summed",
     "thinned",
     "token_loss",
 ]

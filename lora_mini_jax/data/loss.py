@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.scores import score
+
+Batch = Mapping[str, jax.Array | np.ndarray]
+"""Arrays by name, of NumPy or of JAX."""
 
 
-def token_loss(
-    logits: jax.Array, batch: Mapping[str, jax.Array | np.ndarray]
-) -> tuple[jax.Array, jax.Array]:
+def token_loss(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The summed cross entropy of the tokens that count, in nats, and how many they are.
 
     ``logits[:, i]`` predict ``tokens[:, i + 1]``, which counts where ``loss_mask[:, i + 1]``. What
@@ -41,38 +43,43 @@ def token_loss(
             f"logits {logits.shape}, tokens {tokens.shape} and loss_mask {mask.shape} do not go "
             "together: give (rows, length, vocabulary) and twice (rows, length)"
         )
-    scores = logits[:, :-1].astype(jnp.float32)
-    targets, counted = tokens[:, 1:], mask[:, 1:]
-    picked = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(scores, axis=-1) - picked
+    return summed(score(logits, next_tokens(batch)).losses, batch)
+
+
+def next_tokens(batch: Batch) -> jax.Array:
+    """The token after each, (rows, length) int32; 0 after the last, which never counts."""
+    return jnp.pad(jnp.asarray(batch["tokens"])[:, 1:], ((0, 0), (0, 1)))
+
+
+def summed(losses: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The sum of the losses (rows, length) of `next_tokens` that count, and how many do."""
+    counted = jnp.asarray(batch["loss_mask"])[:, 1:]
     # A choice and not a product: 0 * NaN is NaN.
-    total = jnp.where(counted, losses, 0.0).sum()
+    total = jnp.where(counted, losses[:, :-1], 0.0).sum()
     return total, counted.sum(dtype=jnp.float32)
 
 
-def examples_right(
-    logits: jax.Array, batch: Mapping[str, jax.Array | np.ndarray]
-) -> tuple[jax.Array, jax.Array]:
+def examples_right(right: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """How many examples have every token that counts as the likeliest one, and how many there are.
 
     Each token is predicted from the true ones before it. Where the completion is a label, this
     counts the right classifications.
 
     Args:
-        logits: as for `token_loss`.
-        batch: ``tokens``, ``loss_mask`` and ``segment_ids``, each (rows, length).
+        right: (rows, length) bool, whether `next_tokens` were the likeliest.
+        batch: ``loss_mask`` and ``segment_ids``, each (rows, length).
 
     Returns:
         Two float32 scalars.
 
     Example:
-        >>> batch = {"tokens": np.array([[0, 1, 1]]), "loss_mask": np.array([[False, True, True]]),
+        >>> batch = {"loss_mask": np.array([[False, True, True]]),
         ...          "segment_ids": np.array([[1, 1, 1]])}
-        >>> [float(n) for n in examples_right(jax.nn.one_hot(np.array([[1, 0, 0]]), 2), batch)]
+        >>> [float(n) for n in examples_right(np.array([[True, False, False]]), batch)]
         [0.0, 1.0]
     """
-    tokens, counted = jnp.asarray(batch["tokens"])[:, 1:], jnp.asarray(batch["loss_mask"])[:, 1:]
-    wrong = counted & (logits[:, :-1].argmax(-1) != tokens)
+    counted = jnp.asarray(batch["loss_mask"])[:, 1:]
+    wrong = counted & ~jnp.asarray(right)[:, :-1]
     rows, length = wrong.shape
     # An example is a segment of a row; ids of padding, 0, never count.
     example = jnp.arange(rows)[:, None] * (length + 2) + jnp.asarray(batch["segment_ids"])[:, 1:]

@@ -21,6 +21,7 @@ from lora_mini_jax.models.attention import attend, causal_masks, written
 from lora_mini_jax.models.encoder_layers import Part
 from lora_mini_jax.models.family import Family
 from lora_mini_jax.models.gpt2_config import GPT2Config
+from lora_mini_jax.models.scoring import scored
 from lora_mini_jax.models.stack import run_stack
 
 
@@ -78,7 +79,7 @@ class GPT2(Part):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, tokens, positions=None, segment_ids=None, cache=None):
+    def __call__(self, tokens, positions=None, segment_ids=None, cache=None, *, labels=None):
         """Logits (batch, time, vocab) float32, or ``(logits, cache)`` where a cache is given.
 
         Args:
@@ -88,6 +89,8 @@ class GPT2(Part):
             segment_ids: (batch, time) int32; a token sees the earlier ones of its own segment.
                 0 is padding: no other segment sees it; its own logits are finite, to be ignored.
             cache: from `attention.init_cache` or an earlier call; ``tokens`` are written after it.
+            labels: (batch, time) int32, what is to come at each place: then `Scores` of them are
+                returned in place of logits, which are never in memory as a whole.
 
         Raises:
             UserError: more tokens than positions, where ``positions`` are not given.
@@ -107,11 +110,15 @@ class GPT2(Part):
             name="h", depth=c.n_layer, scan=self.scan_layers, remat=self.remat,
         )  # fmt: skip
         x = self.norm("ln_f")(x)
-        if c.tie_word_embeddings:
-            logits = words.attend(x)
-        else:
-            logits = self.linear("lm_head", c.vocab_size, bias=False)(x)
-        logits = logits.astype(jnp.float32)
+        tied = c.tie_word_embeddings
+        head = words if tied else self.linear("lm_head", c.vocab_size, bias=False)
+
+        def logits_of(head, x):
+            return (head.attend(x) if tied else head(x)).astype(jnp.float32)
+
+        if labels is not None:
+            return scored(head, logits_of, x, labels)
+        logits = logits_of(head, x)
         if cache is None:
             return logits
         k, v = kv

@@ -26,6 +26,7 @@ from lora_mini_jax.models.llama_config import LlamaConfig
 from lora_mini_jax.models.llama_families import KINDS
 from lora_mini_jax.models.llama_layers import Block, Part
 from lora_mini_jax.models.rotary import Rope, angles
+from lora_mini_jax.models.scoring import scored
 
 
 class Llama(Part):
@@ -46,7 +47,7 @@ class Llama(Part):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, tokens, positions=None, segment_ids=None, cache=None):
+    def __call__(self, tokens, positions=None, segment_ids=None, cache=None, *, labels=None):
         """Logits (batch, time, vocab) float32, or ``(logits, cache)`` where a cache is given.
 
         Args:
@@ -55,6 +56,8 @@ class Llama(Part):
             segment_ids: (batch, time) int32; a token sees the earlier ones of its own segment.
                 0 is padding: no other segment sees it; its own logits are finite, to be ignored.
             cache: from `attention.init_cache` or an earlier call; ``tokens`` are written after it.
+            labels: (batch, time) int32, what is to come at each place: then `Scores` of them are
+                returned in place of logits, which are never in memory as a whole.
         """
         c, start = self.config, 0 if cache is None else cache["length"]
         if positions is None:
@@ -74,13 +77,17 @@ class Llama(Part):
         which = [kinds.index(slides) for slides in c.sliding]
         x, kv = self._layers(x, tuple(zip(ropes, masks, strict=True)), start, which, kv)
         x = self.norm("norm")(x)
-        if c.tie_word_embeddings:
-            logits = embed.attend(x)
-        else:
-            logits = self.dense("lm_head", c.vocab_size, bias=False)(x)
-        logits = logits.astype(jnp.float32)
-        if (cap := c.final_logit_softcapping) is not None:
-            logits = cap * jnp.tanh(logits / cap)
+        tied = c.tie_word_embeddings
+        head = embed if tied else self.dense("lm_head", c.vocab_size, bias=False)
+
+        def logits_of(head, x):
+            logits = (head.attend(x) if tied else head(x)).astype(jnp.float32)
+            cap = c.final_logit_softcapping
+            return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+        if labels is not None:
+            return scored(head, logits_of, x, labels)
+        logits = logits_of(head, x)
         if cache is None:
             return logits
         length = start + tokens.shape[1]

@@ -15,6 +15,7 @@ from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import new_folder, writing
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import COMPANIONS, resolve
+from lora_mini_jax.processes import on_host
 from lora_mini_jax.tree import dense
 
 
@@ -70,6 +71,6 @@ def _hf_tensors(model: Any, params: dict, dtype: Any) -> Iterator[tuple[str, np.
     for path, leaf in flat.items():
         names = family.names(path, family.depth(model.config, path))
         leaf = dense(leaf)
-        value = np.asarray(leaf if dtype is None else leaf.astype(dtype))
+        value = on_host(leaf if dtype is None else leaf.astype(dtype))
         for name, one in zip(names, value if family.stack in path else [value], strict=True):
             yield name, np.ascontiguousarray(family.swapped(path, one))

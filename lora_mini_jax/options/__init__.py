@@ -12,6 +12,7 @@ from lora_mini_jax.options.commands import (
 )
 from lora_mini_jax.options.config_file import defaults, differences, from_file, to_json
 from lora_mini_jax.options.finetune import Compare, Finetune
+from lora_mini_jax.options.plan import PlanStep
 from lora_mini_jax.options.pretrain import Pretrain
 from lora_mini_jax.options.training import Training
 
@@ -27,6 +28,7 @@ __all__ = [
     "Merge",
     "MethodOptions",
     "Methods",
+    "PlanStep",
     "Predict",
     "Pretrain",
     "Training",

@@ -46,7 +46,7 @@ class AdapterOptions(MethodOptions):
     """A model, a method with its settings, and the kernels it adapts."""
 
     model: str = BASE
-    """A Llama in Hugging Face layout (config.json, safetensors, tokenizer.json), or a hub id."""
+    """A model in Hugging Face layout (config.json, safetensors, tokenizer.json), or a hub id."""
     target_modules: tuple[str, ...] = ()
     """all-linear, all, bias-only, head-only, or names such as q_proj v_proj, or one regular
     expression on the whole path; by default the method's own, mostly all-linear."""

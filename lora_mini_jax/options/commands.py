@@ -24,29 +24,34 @@ class Methods:
 
 @dataclass(frozen=True)
 class Inspect(AdapterOptions):
-    """Show what would be adapted and what it would cost. Reads config.json only; trains nothing."""
+    """Show what would be adapted and what it would cost. Reads config.json only; trains nothing.
+
+    An encoder is shown without the head that a task trains whole beside the adapter.
+    """
 
     batch_size: int = 8
     """Rows in the batch of which the step's FLOPs are counted."""
     max_length: int = 256
-    """Tokens in a row of that batch."""
+    """Tokens in a row of that batch; of a T5 on either side."""
+    config_only: bool = False
+    """Leave the step's FLOPs out, for which the gradients of the whole model are traced."""
     json: bool = False
     """Print JSON instead of a table."""
 
 
 @dataclass(frozen=True)
 class Generate:
-    """Continue prompts with a model, plain or adapted."""
+    """Continue prompts with a decoder, or answer them with a T5; plain or adapted."""
 
     prompt: tuple[str, ...]
-    """One or more prompts."""
+    """One or more prompts; a T5 reads them as sources, and its answers alone are printed."""
     model: str = BASE
-    """A Llama folder or hub id."""
+    """A decoder or a T5: folder or hub id."""
     adapter: str | None = None
     """An adapter folder, such as runs/finetune/adapter."""
     max_new_tokens: int = 64
     temperature: float = 0.0
-    """0 takes the likeliest token every time."""
+    """0 takes the likeliest token every time, as a T5 always does."""
     top_p: float = 1.0
     """Sample from the smallest set of likeliest tokens of this probability."""
     seed: int = 0

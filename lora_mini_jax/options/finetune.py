@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class Finetune(Training, AdapterOptions, LabelOptions):
     """Fine-tune a model with an adapter; run the same command again to go on after an interruption.
 
-    Data may be text (``text``), prompt and completion fields, or chat ``messages``; for an encoder
-    (--task classification or regression) one or two text fields and a label.
+    Data may be text (``text``), prompt and completion fields, or chat ``messages``; for a T5 prompt
+    and completion; for an encoder (--task classification or regression) one or two text fields and
+    a label.
     """
 
     allowed: ClassVar[dict[str, str]] = {
@@ -42,15 +43,15 @@ class Finetune(Training, AdapterOptions, LabelOptions):
     """Field that holds the text; by default "text", or "messages", or "prompt" and "completion"
     where records have those."""
     prompt_field: str | None = None
-    """Field that holds the prompt, on which no loss is taken."""
+    """Field that holds the prompt, on which no loss is taken; of a T5 the source."""
     completion_field: str | None = None
-    """Field that holds the completion."""
+    """Field that holds the completion; of a T5 the target."""
     messages_field: str | None = None
     """Field that holds chat messages; loss is taken on the assistant's turns."""
     separator: str = "\n"
-    """Put between prompt and completion."""
+    """Put between prompt and completion, where they are one text."""
     packing: bool = True
-    """Put several examples in a row, which never attend to each other."""
+    """Put several examples in a row, which never attend to each other; a T5's have one each."""
     overlong: Literal["skip", "truncate", "error"] = "skip"
     """What to do with an example longer than max_length; the report says how many there were."""
     max_train_examples: int | None = None
@@ -58,6 +59,8 @@ class Finetune(Training, AdapterOptions, LabelOptions):
     max_valid_examples: int | None = None
     """Read no more than this many held-out records."""
 
+    quantize: Literal["int8", "nf4"] | None = None
+    """Keep the base's linear kernels in 8 or 4 bits (needs qwix); saves memory with remat."""
     epochs: float = 2.0
     """Passes over the training data."""
     max_steps: int | None = None

@@ -31,7 +31,8 @@ class Training(MethodOptions):
 
     allowed: ClassVar[dict[str, str]] = {
         **dict.fromkeys(
-            ("max_length", "batch_size", "log_every", "eval_every", "save_every"), COUNT
+            ("max_length", "batch_size", "accumulate", "log_every", "eval_every", "save_every"),
+            COUNT,
         ),
         **dict.fromkeys(("learning_rate", "max_grad_norm"), POSITIVE),
         **dict.fromkeys(("weight_decay", "seed"), NOT_NEGATIVE),
@@ -61,6 +62,18 @@ class Training(MethodOptions):
     """Of the computation; trained leaves and optimiser state are float32 always."""
     remat: bool = False
     """Recompute each layer in the backward pass, to save memory."""
+    accumulate: int = 1
+    """Take every batch in so many parts, one after the other, to save memory."""
+    mesh: str = ""
+    """Devices to share the work, by axis: data=2,fsdp=4,tensor=1, one of them perhaps -1 for what
+    is left; by default one device, or with several processes data=-1."""
+    coordinator: str | None = None
+    """For several processes, each started with the same command: auto on TPU pods, under Slurm and
+    on Kubernetes; else host:port of process 0."""
+    processes: int | None = None
+    """How many processes there are; with host:port."""
+    process: int | None = None
+    """Which of them this is, from 0; with host:port."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     eval_every: int | None = None
@@ -78,6 +91,10 @@ class Training(MethodOptions):
             for name, value in given.items()
             if value is not None and not _FITS[self.allowed[name]](value)
         ]
+        if self.batch_size % max(self.accumulate, 1):
+            wrong.append(
+                f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}"
+            )
         if wrong:
             raise UserError("; ".join(wrong))
         super().__post_init__()

@@ -1,0 +1,74 @@
+"""How many parameters LoRA and LoRA-Mini train on real models, and how many bytes they save.
+
+    python -m experiments.counts
+
+Reads the ``config.json`` of the folders in ``experiments/configs``, but for `LEFT_OUT`, and no
+weights. The figures are those of ``lora-mini inspect --config-only --json``. Writes
+``experiments/results/counts.json`` and ``counts.md``, in a minute.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from lora_mini_jax.files import write_json, write_text
+from lora_mini_jax.inspect import inspect
+from lora_mini_jax.options import Inspect
+
+HERE = Path(__file__).parent
+LEFT_OUT = ("llama-3-70b",)
+METHODS = {"lora": ("rank=16",), "lora-mini": ("rank=16", "a=32", "b=32")}
+TARGETS = {
+    "q, k, v": r"(^|/)(q|k|v|query|key|value)(_proj)?/kernel$",
+    "all-linear": "all-linear",
+}
+"""Kernels by what the table calls them. A T5's q, k and v are of all its attentions."""
+HEAD = (
+    "| model | kernels | LoRA r=16 | bytes | LoRA-Mini r=16 a=32 b=32 | bytes | fewer |\n"
+    "|---|---:|---:|---:|---:|---:|---:|\n"
+)
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Count, and write both files."""
+    models = [p for p in sorted((HERE / "configs").iterdir()) if p.name not in LEFT_OUT]
+    found = {name: {folder.name: counts(folder, pattern) for folder in models}
+             for name, pattern in TARGETS.items()}  # fmt: skip
+    write_json(HERE / "results" / "counts.json", found)
+    write_text(HERE / "results" / "counts.md", tables(found))
+
+
+def counts(folder: Path, pattern: str) -> Row:
+    """What each method trains and saves on these kernels of one model."""
+    row: Row = {}
+    for method, settings in METHODS.items():
+        report = inspect(Inspect(
+            model=str(folder), method=method, settings=settings, target_modules=(pattern,),
+            config_only=True,
+        ))  # fmt: skip
+        row["model_parameters"] = report["model_parameters"]
+        row["kernels"] = len(report["kernels"])
+        row[method] = {name: report[name] for name in ("trainable", "adapter_bytes")}
+    row["ratio"] = row["lora"]["trainable"] / row["lora-mini"]["trainable"]
+    return row
+
+
+def tables(found: dict[str, dict[str, Row]]) -> str:
+    """A markdown table for each choice of kernels."""
+    parts = []
+    for name, rows in found.items():
+        lines = "".join(line(model, row) for model, row in rows.items())
+        parts.append(f"On {name}:\n\n{HEAD}{lines}")
+    return "\n".join(parts)
+
+
+def line(model: str, row: Row) -> str:
+    """One model's row of a table."""
+    cells = [f"{row[method][name]:,}" for method in METHODS
+             for name in ("trainable", "adapter_bytes")]  # fmt: skip
+    return f"| {model} | {row['kernels']} | {' | '.join(cells)} | {row['ratio']:.1f}x |\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The devices of a run: one, or a mesh of them, in one process or in several."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lora_mini_jax import linen, processes, sharding
+from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.models.families import family_of_module
+from lora_mini_jax.options import Finetune, Training
+from lora_mini_jax.quantized import quantized
+from lora_mini_jax.selection import select
+from lora_mini_jax.train import TrainState
+from lora_mini_jax.tree import Target, flatten
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Where a run puts its arrays; without a mesh, on JAX's default device as they come."""
+
+    mesh: Mesh | None = None
+
+    @classmethod
+    def of(cls, options: Training) -> "Devices":
+        """The devices that the options name; of several processes, all there are.
+
+        Raises:
+            UserError: a mesh that is not for these devices, or a batch that it cannot split.
+        """
+        sizes = options.mesh or ("data=-1" if jax.process_count() > 1 else "")
+        if not sizes:
+            return cls()
+        mesh = sharding.make_mesh(sizes)
+        sharding.check_rows(mesh, options.batch_size // options.accumulate)
+        return cls(mesh)
+
+    def params(self, shapes: Mapping[str, Any], targets: Iterable[Target]) -> Any:
+        """The sharding of each parameter, as a tree; None without a mesh."""
+        return sharding.of_params(self.mesh, shapes, targets) if self.mesh else None
+
+    def adapter(self, adapter: Adapter) -> Adapter:
+        """The adapter on the devices."""
+        if self.mesh is None:
+            return adapter
+        return jax.device_put(adapter, sharding.of_adapter(self.mesh, adapter))
+
+    def state(self, state: TrainState) -> TrainState:
+        """The state on the devices; its adapter is there already."""
+        return state if self.mesh is None else sharding.settled(self.mesh, state)
+
+    def batch(self, batch: Any) -> Any:
+        """A batch on the devices, each with its rows; every process has made the whole of it."""
+        if self.mesh is None:
+            return batch
+        return processes.placed(batch, sharding.of_batch(self.mesh))
+
+
+def reading(options: Finetune, module: nn.Module) -> dict[str, Any]:
+    """What ``models.load`` is told so that every parameter of the module goes where it belongs,
+    and is quantised if it is to be, as soon as it is read."""
+    family, devices, bits = family_of_module(module), Devices.of(options), options.quantize
+    shapes = family.shapes(module)
+    kernels = linen.targets(module, shapes, *family.inputs())
+    places = flatten(devices.params(shapes, kernels) or {})
+    small = {target.path: target for target in select(kernels, "all-linear")} if bits else {}
+
+    def convert(path: str, array: jax.Array) -> Any:
+        return quantized(array, small[path], bits) if bits and path in small else array
+
+    return {"dtype": jnp.dtype(options.dtype), "remat": options.remat,
+            "sharding": places.get, "convert": convert}  # fmt: skip

@@ -1,0 +1,147 @@
+"""The plan command: what a fine-tuning step would take, on devices that need not be there."""
+
+import json
+import math
+import os
+import re
+from dataclasses import asdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_mini_jax import linen, sharding
+from lora_mini_jax.data import next_tokens, summed
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.footprint import Footprint, footprint
+from lora_mini_jax.models import Llama
+from lora_mini_jax.models.hub import load_decoder_config
+from lora_mini_jax.options import PlanStep
+from lora_mini_jax.schedule import of_length, optimizer
+from lora_mini_jax.task import all_targets, planned_sites
+
+Report = dict[str, Any]
+STEPS = 1000
+"""Of the run that the step is one of; schedules have a length."""
+
+
+def run_plan(options: PlanStep) -> Report:
+    """Print what `plan_step` finds, and return it."""
+    report = plan_step(options)
+    print(json.dumps(report, indent=2) if options.json else text(report))
+    return report
+
+
+def plan_step(options: PlanStep) -> Report:
+    """The footprint of one step of ``finetune`` with the same options, as a JSON-ready dict.
+
+    The parameters are taken in the dtype of the computation, and the layers in one scan: what
+    counts is the same, and a large model compiles in a minute.
+
+    Raises:
+        UserError: a model that cannot be read or is no decoder of Llama's family, kernels that the
+            method cannot adapt, a mesh that the batch cannot be split over.
+    """
+    mesh = sharding.make_mesh(options.mesh or "data=1", _simulated(options.mesh))
+    sharding.check_rows(mesh, options.batch_size // options.accumulate)
+    model = _model(options)
+    kernels, _ = all_targets(model)
+    sites = of_length(planned_sites(options, model), STEPS, options.parsed_settings())
+    tx = optimizer(options, STEPS, sites, options.lora_plus_ratio)
+    apply = linen.adapt(model)
+
+    def loss(params: Any, adapter: Any, batch: Any, key: Any) -> tuple[Any, Any]:
+        inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
+        total, number = summed(
+            apply(params, adapter, *inputs, labels=next_tokens(batch)).losses, batch
+        )
+        return total / jnp.maximum(number, 1), number
+
+    params = _shapes(model)
+    what = loss, tx, sites, kernels, params, _batch(options), mesh
+    found = footprint(*what, has_aux=True, parts=options.accumulate)
+    return {
+        "model": options.model,
+        "methods": [m.to_dict() for m in dict.fromkeys(site.method for site in sites)],
+        "mesh": dict(mesh.shape),
+        "devices": mesh.size,
+        "rows": options.batch_size,
+        "length": options.max_length,
+        "dtype": options.dtype,
+        "remat": options.remat,
+        "trainable": sum(site.n_trainable for site in sites),
+        "model_parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "bytes_per_device": {**_memory(found), "total": found.total},
+        "gflop": found.flops / 1e9,
+        "exchanged_bytes": found.exchanged,
+    }
+
+
+def text(report: Report) -> str:
+    """The report for a terminal."""
+    sizes = " x ".join(f"{name} {size}" for name, size in report["mesh"].items())
+    lines = [
+        f"model        {report['model']}, {report['model_parameters']:,} parameters",
+        *(f"method       {method}" for method in report["methods"]),
+        f"trained      {report['trainable']:,}",
+        f"batch        {report['rows']} x {report['length']} tokens, {report['dtype']}"
+        f"{', remat' if report['remat'] else ''}",
+        f"devices      {report['devices']} ({sizes})",
+        f"products     {report['gflop']:,.1f} GFLOP a step, on all devices together",
+        "",
+        "on each device" + " " * 10 + "MiB",
+    ]
+    memory = report["bytes_per_device"]
+    lines += [f"  {name:14}{size / 2**20:12,.1f}" for name, size in memory.items()]
+    lines += ["", "exchanged a step" + " " * 8 + "MiB"]
+    exchanged = report["exchanged_bytes"] or {"nothing": 0}
+    lines += [f"  {name:18}{size / 2**20:8,.1f}" for name, size in exchanged.items()]
+    return "\n".join(lines)
+
+
+def _memory(found: Footprint) -> dict[str, int]:
+    kinds = asdict(found)
+    return {
+        name: kinds[name] for name in ("params", "adapter", "optimizer", "batch", "temporaries")
+    }
+
+
+def _model(options: PlanStep) -> Llama:
+    """The model in one scan, in the dtype of the computation."""
+    config, dtype = load_decoder_config(options.model), jnp.dtype(options.dtype)
+    return Llama(config, dtype, dtype, scan_layers=True, remat=options.remat)
+
+
+def _shapes(model: Llama) -> Any:
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+
+def _batch(options: PlanStep) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `data.Batches` gives."""
+    shape, kinds = (options.batch_size, options.max_length), {"loss_mask": jnp.bool_}
+    names = ("tokens", "segment_ids", "positions", "loss_mask")
+    return {name: jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.int32)) for name in names}
+
+
+def _simulated(mesh: str) -> list[jax.Device]:
+    """As many CPU devices as the mesh has places.
+
+    Raises:
+        UserError: a size that is left open, or JAX has started with fewer.
+    """
+    sizes = [int(size) for size in re.findall(r"=\s*(-?\d+)", mesh)]
+    if any(size < 1 for size in sizes):
+        raise UserError(f"mesh {mesh!r}: for a plan give every size, for there are no devices")
+    wanted = math.prod(sizes)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={wanted}"
+    devices = jax.devices("cpu")
+    if len(devices) < wanted:
+        raise UserError(
+            f"mesh {mesh!r} has {wanted} places, but JAX has started with {len(devices)} CPU "
+            "devices: plan before anything else uses JAX, or set XLA_FLAGS="
+            f"--xla_force_host_platform_device_count={wanted}"
+        )
+    return devices[:wanted]

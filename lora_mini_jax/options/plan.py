@@ -1,0 +1,16 @@
+"""The options of a forecast: those of the run that it is of."""
+
+from dataclasses import dataclass
+
+from lora_mini_jax.options.finetune import Finetune
+
+
+@dataclass(frozen=True)
+class PlanStep(Finetune):
+    """Say what a training step would take on every device: bytes, FLOPs, what devices exchange.
+
+    Takes the options of finetune; reads config.json only, and needs none of the devices.
+    """
+
+    json: bool = False
+    """Print JSON instead of a table."""

@@ -1,0 +1,105 @@
+"""Sources that are answered with targets: the task of a model with an encoder and a decoder.
+
+The decoder's rows are those of text that is continued, one example each; so are loss and measures.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.data import Batches, Tokenizer, load_tokenizer, next_tokens
+from lora_mini_jax.data.pairs import EncodedPairs, encode_pairs, pair_rows
+from lora_mini_jax.decode_seq2seq import generate
+from lora_mini_jax.devices import reading
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.language_task import LanguageTask, notes_of, spread
+from lora_mini_jax.models import load
+from lora_mini_jax.models.hub import load_config, load_module, resolve
+from lora_mini_jax.options import Finetune
+from lora_mini_jax.plan import Site
+from lora_mini_jax.scores import Scores, score
+from lora_mini_jax.task import check_ids, planned_sites, read_data, sources
+
+
+@dataclass(frozen=True, eq=False)
+class Seq2SeqTask(LanguageTask):
+    """A T5 with its tokenizer; ``prompts`` are sources. What else there is, see `LanguageTask`."""
+
+    def written(self, adapter: Adapter | None) -> list[list[int]]:
+        """The answer to each of the sources, greedily."""
+        return generate(
+            self.model,
+            self.params,
+            self.prompts,
+            adapter=adapter,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+    def scores(
+        self, params: Any, adapter: Adapter, batch: Any, dropout_key: jax.Array | None = None
+    ) -> Scores:
+        """What the decoder thinks of every token that follows another; (rows, time)."""
+        inputs = batch["source"], batch["tokens"], batch["source_mask"]
+        logits = self.apply(params, adapter, *inputs, dropout_key=dropout_key)
+        return score(logits, next_tokens(batch))
+
+
+def prepare(options: Finetune) -> Seq2SeqTask:
+    """See `task.prepare`."""
+    if options.separator != Finetune.separator:
+        raise UserError(f"--separator {options.separator!r} goes between prompt and completion in "
+                        "one text, and a T5 reads them apart: leave it out")  # fmt: skip
+    folder = resolve(options.model)
+    config = load_config(folder)
+    sites = planned(options)
+    tokenizer = load_tokenizer(folder)
+    train, valid = _encode(options, config, tokenizer)
+    each = (row for part in (train, valid) for pair in part.examples for row in pair)
+    check_ids(tokenizer, config.vocab_size, max(int(row.max()) for row in each))
+    model, params = load(folder, **reading(options, load_module(folder)))
+    train_rows, valid_rows = (
+        Batches(
+            pair_rows(part.examples, max_length=options.max_length, pad_id=config.pad_token_id),
+            options.batch_size,
+            options.seed,
+        )
+        for part in (train, valid)
+    )
+    prompts = [pair.source.tolist() for pair in spread(valid.examples, options.samples)]
+    return Seq2SeqTask(
+        model,
+        params,
+        sites,
+        train_rows,
+        valid_rows,
+        notes=[*notes_of(train, "training", options), *notes_of(valid, "held-out", options)],
+        tokenizer=tokenizer,
+        prompts=prompts[: options.samples],
+        max_new_tokens=options.max_new_tokens,
+    )
+
+
+def planned(options: Finetune) -> tuple[Site, ...]:
+    """See `task.planned`."""
+    return planned_sites(options, load_module(options.model))
+
+
+def _encode(
+    options: Finetune, config: Any, tokenizer: Tokenizer
+) -> tuple[EncodedPairs, EncodedPairs]:
+    """Training and held-out pairs."""
+    encoded = [
+        encode_pairs(
+            rows,
+            tokenizer,
+            options.record_fields(),
+            start_id=config.decoder_start_token_id,
+            max_length=options.max_length,
+            overlong=options.overlong,
+            source=source,
+        )
+        for rows, source in zip(read_data(options), sources(options), strict=True)
+    ]
+    return encoded[0], encoded[1]

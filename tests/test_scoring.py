@@ -1,0 +1,71 @@
+"""Scores of labels are those that whole logits give, without whole logits in memory."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_mini_jax import init, linen
+from lora_mini_jax.methods import LoRA
+from lora_mini_jax.models import GPT2, GPT2Config, Llama, LlamaConfig
+from lora_mini_jax.models.scoring import CHUNK
+from lora_mini_jax.scores import score
+from tests.cases import random_params, randomised
+from tests.test_laws import close
+
+VOCAB, TIME = 20000, CHUNK + 44
+LLAMA: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+    "num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+def models() -> dict[str, Any]:
+    small: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 1,
+        "n_positions": 1024,
+    }
+    return {
+        "untied": Llama(LlamaConfig(**LLAMA, tie_word_embeddings=False)),
+        "tied": Llama(LlamaConfig(**LLAMA, tie_word_embeddings=True)),
+        "gpt2": GPT2(GPT2Config(**small), jnp.float32, jnp.float32),
+    }
+
+
+@pytest.mark.parametrize("name", ["untied", "tied", "gpt2"])
+def test_scores_and_gradients_are_those_of_whole_logits(name: str):
+    model = models()[name]
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, VOCAB, (2, TIME)))
+    labels, shapes = jnp.roll(tokens, -1, 1), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    params = random_params(model, shapes, scale=0.1)
+    # The head is adapted too: its factors must come into the scan.
+    targets = linen.targets(model, params, tokens)
+    chosen = [t for t in targets if "lm_head" in t.path or "embed" in t.path or "wte" in t.path]
+    adapter = randomised(init(params, LoRA(rank=2), chosen), 0.1)
+    apply = linen.adapt(model)
+
+    def in_chunks(trainable: Any, tokens: Any, labels: Any) -> Any:
+        found = apply(params, adapter.with_trainable(trainable), tokens, labels=labels)
+        return found.losses.sum(), found
+
+    def whole(trainable: Any, tokens: Any, labels: Any) -> Any:
+        found = score(apply(params, adapter.with_trainable(trainable), tokens), labels)
+        return found.losses.sum(), found
+
+    steps = [jax.jit(jax.value_and_grad(f, has_aux=True)) for f in (in_chunks, whole)]
+    (a, grads_a), (b, grads_b) = (step(adapter.trainable, tokens, labels) for step in steps)
+    close(a[1].losses, b[1].losses)
+    assert (a[1].right == b[1].right).all()
+    close(grads_a, grads_b, 1e-4)
+    if name == "untied":
+        long = jax.ShapeDtypeStruct((1, 4 * CHUNK), jnp.int32)
+        compiled = [step.lower(adapter.trainable, long, long).compile() for step in steps]
+        memory: list[Any] = [each.memory_analysis() for each in compiled]
+        small, large = (each.temp_size_in_bytes for each in memory)
+        logits = long.size * VOCAB * 4
+        assert small < logits < 2 * logits < large
