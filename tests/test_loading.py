@@ -4,6 +4,8 @@ import json
 import random
 import shutil
 import struct
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +19,8 @@ from benchmarks.load import measure, room, write_random
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models import Llama, LlamaConfig, load, save
 from lora_mini_jax.models import tensors as format_of
+from lora_mini_jax.models.families import family_of_module
+from lora_mini_jax.models.hub import load_module
 from lora_mini_jax.models.tensors import DTYPES, tensors_of
 
 CONFIG = LlamaConfig(
@@ -272,6 +276,44 @@ def test_no_mutation_of_a_config_gets_through(folder):
         file.write_bytes(mutated(rng, whole))
         seen.add(outcome(folder))
     assert seen == {"read", "refused"}  # some changes make no difference
+
+
+BERT = {"model_type": "bert", "vocab_size": 19, "hidden_size": 8, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "intermediate_size": 8, "hidden_act": "gelu",
+        "max_position_embeddings": 16, "type_vocab_size": 2}  # fmt: skip
+GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 19,
+        "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16,
+        "activation_function": "gelu_new"}  # fmt: skip
+CONFIGS = {"bert": json.dumps(BERT), "gpt2": json.dumps(GPT2)} | {
+    folder.name: (folder / "config.json").read_text()
+    for folder in (Path(__file__).parents[1] / "experiments/configs").iterdir()
+}
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "roberta-base", "deberta-v3-base", "t5-base",
+                                  "gemma-2-9b"])  # fmt: skip
+def test_no_mutation_of_another_config_gets_through(name, tmp_path):
+    file, rng, seen = tmp_path / "config.json", random.Random(2), set()
+    for _ in range(400):
+        file.write_bytes(mutated(rng, CONFIGS[name].encode()))
+        try:
+            load_module(tmp_path)
+            seen.add("read")
+        except UserError as error:
+            seen.add("refused" if str(error).isprintable() else repr(error))
+    assert seen == {"read", "refused"}
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "70b" not in name])
+def test_shapes_of_layers_one_by_one_are_those_of_stacked_ones(name, tmp_path):
+    (tmp_path / "config.json").write_text(CONFIGS[name])
+    model: Any = load_module(tmp_path)
+    layers = next(n for n in ("num_layers", "num_hidden_layers", "n_layer")
+                  if n in model.config.__dataclass_fields__)  # fmt: skip
+    model = model.clone(config=replace(model.config, **{layers: 2}))
+    family = family_of_module(model)
+    traced = jax.eval_shape(model.init, jax.random.key(0), *family.inputs())["params"]
+    assert family.shapes(model) == traced
 
 
 @pytest.mark.slow

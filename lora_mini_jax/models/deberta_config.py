@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lora_mini_jax.models.checks import is_size
+from lora_mini_jax.models.checks import is_flag, is_size
 from lora_mini_jax.models.encoder_config import EncoderConfig
 
 _KINDS = ("c2p", "p2c")
@@ -62,14 +62,14 @@ class DebertaV2Config(EncoderConfig):
                        f"{', '.join(map(repr, _KINDS))}")  # fmt: skip
         bad += [f"{name}={getattr(self, name)!r} is neither true nor false"
                 for name in ("share_att_key", "position_biased_input")
-                if type(getattr(self, name)) is not bool]  # fmt: skip
+                if not is_flag(getattr(self, name))]  # fmt: skip
         if self.norm_rel_ebd not in ("none", "layer_norm"):
             bad.append(f"norm_rel_ebd {self.norm_rel_ebd!r} is not supported, only 'none' and "
                        "'layer_norm'")  # fmt: skip
         wrong = [f"{name}={getattr(self, name)!r} is not a whole number"
                  for name in ("position_buckets", "max_relative_positions")
                  if type(getattr(self, name)) is not int]  # fmt: skip
-        if wrong or self.position_buckets < 1:
+        if wrong or self.position_buckets < 1 or not is_size(self.longest):
             return bad + wrong
         if not 1 <= self.position_buckets // 2 < self.longest - 1:
             bad.append(f"position_buckets={self.position_buckets} does not fit "

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 PathTuple = tuple[str, ...]
 STACK = "layers"
@@ -124,10 +125,21 @@ class Family:
 
     def shapes(self, model: nn.Module) -> dict[str, Any]:
         """Shape and dtype of every parameter, as a tree; nothing is computed."""
-        return jax.tree.map(lambda leaf: leaf, _shapes(cast(Any, model), self.inputs))
+        own = cast(Any, model)
+        # Traced with one layer of a kind, be it stacked or not: many take seconds.
+        stacked = flatten_dict(_shapes(own.clone(scan_layers=True), self.inputs))
+        found = {}
+        for path, leaf in stacked.items():
+            if own.scan_layers or self.stack not in path:
+                found[path] = leaf
+                continue
+            at, one = path.index(self.stack), jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+            for i in range(leaf.shape[0]):
+                found[(*path[:at], f"{self.stack}_{i}", *path[at + 1 :])] = one
+        return jax.tree.map(lambda leaf: leaf, unflatten_dict(found))  # in the order of its names
 
 
 @lru_cache(maxsize=16)
 def _shapes(model: nn.Module, inputs: Callable[[], tuple[Any, ...]]) -> dict[str, Any]:
-    # Kept, copied for each caller, because to trace a small model takes longer than to read it.
+    # Kept because to trace a small model takes longer than to read it.
     return jax.eval_shape(model.init, jax.random.key(0), *inputs())["params"]
