@@ -63,7 +63,10 @@ class Devices:
 def reading(options: Finetune, module: nn.Module) -> dict[str, Any]:
     """What ``models.load`` is told so that every parameter of the module goes where it belongs,
     and is quantised if it is to be, as soon as it is read."""
+    how = {"dtype": jnp.dtype(options.dtype), "remat": options.remat}
     family, devices, bits = family_of_module(module), Devices.of(options), options.quantize
+    if devices.mesh is None and bits is None:
+        return how
     shapes = family.shapes(module)
     kernels = linen.targets(module, shapes, *family.inputs())
     places = flatten(devices.params(shapes, kernels) or {})
@@ -72,5 +75,4 @@ def reading(options: Finetune, module: nn.Module) -> dict[str, Any]:
     def convert(path: str, array: jax.Array) -> Any:
         return quantized(array, small[path], bits) if bits and path in small else array
 
-    return {"dtype": jnp.dtype(options.dtype), "remat": options.remat,
-            "sharding": places.get, "convert": convert}  # fmt: skip
+    return how | {"sharding": places.get, "convert": convert}

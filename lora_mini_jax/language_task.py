@@ -1,8 +1,8 @@
 """Text that is continued: the task of a decoder, with packed rows and a loss token by token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -40,6 +40,8 @@ class LanguageTask(Task):
     """Token ids of the first held-out prompts, for samples."""
     max_new_tokens: int = 0
     """Tokens in a sample."""
+    generates: ClassVar[Callable[..., list[list[int]]]] = staticmethod(generate)
+    """What writes them."""
 
     @property
     def loss_name(self) -> str:
@@ -73,7 +75,7 @@ class LanguageTask(Task):
 
     def written(self, adapter: Adapter | None) -> list[list[int]]:
         """The token ids that the model writes after each of the prompts, greedily."""
-        return generate(
+        return self.generates(
             self.model,
             self.params,
             self.prompts,

@@ -27,15 +27,7 @@ from lora_mini_jax.task import check_ids, planned_sites, read_data, sources
 class Seq2SeqTask(LanguageTask):
     """A T5 with its tokenizer; ``prompts`` are sources. What else there is, see `LanguageTask`."""
 
-    def written(self, adapter: Adapter | None) -> list[list[int]]:
-        """The answer to each of the sources, greedily."""
-        return generate(
-            self.model,
-            self.params,
-            self.prompts,
-            adapter=adapter,
-            max_new_tokens=self.max_new_tokens,
-        )
+    generates = staticmethod(generate)
 
     def scores(
         self, params: Any, adapter: Adapter, batch: Any, dropout_key: jax.Array | None = None

@@ -100,8 +100,8 @@ def of_params(
     Example:
         >>> params = {"up": {"kernel": jnp.ones((8, 32)), "bias": jnp.ones(32)}}
         >>> up = Target("up/kernel", (8, 32))
-        >>> of_params(make_mesh("data=-1"), params, [up])["up"]["kernel"].spec
-        PartitionSpec('fsdp', 'tensor')
+        >>> tuple(of_params(make_mesh("data=-1"), params, [up])["up"]["kernel"].spec)
+        ('fsdp', 'tensor')
     """
     targets = tuple(targets)
     check_fit(params, targets)

@@ -56,7 +56,8 @@ else:
 IDS = np.array([[1, 5, 7, 2, 9, 30]])
 TWO = "q_proj|down_proj"  # (16, 16) and (24, 16)
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-ROBERTA = Path(__file__).parents[2] / "shared/models/roberta-base-mnli-lora-microsoft"
+SHARED = Path(os.environ.get("LMJ_SHARED", Path(__file__).parents[2] / "shared"))
+ROBERTA = SHARED / "models/roberta-base-mnli-lora-microsoft"
 
 
 class World(NamedTuple):
@@ -89,13 +90,13 @@ def world(folder: Path, base: Any, **options: Any) -> World:
     return World(base, model, params, linen.targets(model, params, IDS), logits)
 
 
-def llama(folder: Path, **settings: Any) -> Any:
+def llama(folder: Path, kind: str = "Llama", **settings: Any) -> Any:
     torch.manual_seed(0)
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    config = transformers.LlamaConfig(
+    config = getattr(transformers, f"{kind}Config")(
         **sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, **settings
     )
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     model.save_pretrained(folder)
     return model
 
@@ -181,6 +182,20 @@ def test_peft_computes_what_we_do_and_it_comes_back(name: str, tiny: World, tmp_
     tensors, settings = convert(back, tiny.params)
     same_tensors(tensors, load_file(tmp_path / "out" / TENSORS))
     assert settings.items() <= config(tmp_path / "out").items()
+
+
+def test_qwen2_with_its_biases_goes_out_and_comes_in(tmp_path: Path):
+    at = world(tmp_path / "base", llama(tmp_path / "base", "Qwen2"))
+    for method in (LoRA(2, alpha=3.0), LoRAMini(2, alpha=3.0, a=6, b=5)):
+        adapter = at.adapter(method, "q_proj|v_proj|down_proj")
+        save(tmp_path / method.name, adapter, at.params, names=names_of(at.model))
+        assert np.abs(at.ours(adapter) - at.logits(at.params)).max() > 0.01
+        close(at.ours(adapter), at.theirs(tmp_path / method.name))
+    given = peft.LoraConfig(r=2, target_modules=["k_proj", "up_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(at.torch), given)
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapter = load(tmp_path / "theirs", at.params, at.targets)
+    close(at.ours(adapter), run(theirs))
 
 
 def test_a_plain_lora_for_servers_has_one_rank_and_its_scale_within(tiny: World, tmp_path: Path):

@@ -73,7 +73,7 @@ def load_decoder_config(path_or_id: str | os.PathLike[str]) -> Any:
         known = (name for decoder in DECODERS for name in decoder.architectures)
         raise UserError(
             f"{folder} holds a {family.module.__name__}, which does not continue text: give one of "
-            f"{', '.join(known)}"
+            f"{', '.join(known)}; an encoder takes --task classification or regression"
         )
     return config
 

@@ -43,7 +43,7 @@ class Training(MethodOptions):
     output_dir: str = "runs/training"
     """The run folder: config, metrics, checkpoints, result and report."""
     max_length: int = 256
-    """Tokens in a row; at most what the model was made for."""
+    """Tokens in a row, of a T5 on either side; at most what the model was made for."""
     batch_size: int = 8
     """Rows in a batch."""
     learning_rate: float = 1e-2
