@@ -16,11 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.load import measure, room, write_random
+from lora_mini_jax.data.tokenizer import OTHER_FILES
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models import Llama, LlamaConfig, load, save
 from lora_mini_jax.models import tensors as format_of
 from lora_mini_jax.models.families import family_of_module
-from lora_mini_jax.models.hub import load_module
+from lora_mini_jax.models.hub import COMPANIONS, load_module
 from lora_mini_jax.models.tensors import DTYPES, tensors_of
 
 CONFIG = LlamaConfig(
@@ -88,6 +89,7 @@ def test_every_parameter_goes_where_it_is_told(saved):
 EIGHT = """
 import jax, numpy as np, sys
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from lora_mini_jax.data.tokenizer import OTHER_FILES
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models import load
 mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
@@ -209,6 +211,10 @@ def test_an_index_of_odd_names_is_refused(folder, name):
     with pytest.raises(UserError, match=r"outside the folder|lacks the shards") as error:
         load(folder)
     assert str(error.value).isprintable()
+
+
+def test_whatever_a_tokenizer_is_made_of_is_fetched_and_kept_with_the_model():
+    assert set(OTHER_FILES) <= set(COMPANIONS)
 
 
 def test_a_file_that_shrinks_while_it_is_read(folder):

@@ -99,6 +99,7 @@ OTHER_FILES = (
     "vocab.txt",
     "vocab.json",
     "spiece.model",
+    "spm.model",
 )
 
 

@@ -26,7 +26,9 @@ from lora_mini_jax.models.tensors import DTYPES, Tensor, same
 
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "generation_config.json", "tokenizer.model", "chat_template.jinja",
+    "generation_config.json", "chat_template.jinja", "added_tokens.json",
+    # Of folders without a tokenizer.json: DeBERTa-v3's has spm.model, BERT's older ones vocab.txt.
+    "tokenizer.model", "spm.model", "spiece.model", "vocab.txt", "vocab.json", "merges.txt",
 )  # fmt: skip
 _DOWNLOADS = ["config.json", "model*.safetensors", "model.safetensors.index.json", *COMPANIONS]
 
