@@ -41,14 +41,14 @@ KEPT = ("trainable", "valid_loss_before", "valid_loss_after", "valid_right_befor
 ARMS = {
     "lora": 1e-2, "lora:rslora=true": 1e-2, "lora:lora_plus_ratio=4": 5e-3, "lora-fa": 2e-2,
     "dora": 1e-2, "pissa": 5e-3, "olora": 5e-3, "adalora": 2e-2, "lora-xs": 5e-3, "vera": 2e-2,
-    "miss": 5e-3, "miss:mode=mini,mini_rank=4": 5e-3, "lora-mini": 2e-2,
+    "miss": 5e-3, "miss:mode=mini,mini_rank=4": 5e-3, "lora-mini:outer_init=orthogonal": 2e-2,
     "lora-mini:outer_init=gradient": 1e-2, "lora-mini-diag": 1e-2,
     "diffora:inner=lora,rho=0.5,budget=24000": 1e-2,
     "relora": 1e-2, "switchlora": 1e-2, "full:target_modules=norm,budget=none": 1e-2,
     "full:target_modules=all,budget=none": 2e-3,
 }  # fmt: skip
 """Methods, and the middle of the learning rates that each may choose from."""
-CONTROL = ("lora", "lora-mini", "full:target_modules=all,budget=none")
+CONTROL = ("lora", "lora-mini:outer_init=orthogonal", "full:target_modules=all,budget=none")
 """What the random base gets too."""
 
 

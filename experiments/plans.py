@@ -15,7 +15,7 @@ from typing import Any
 from lora_mini_jax.files import write_json, write_text
 
 HERE = Path(__file__).parent
-COMMON = ["--dtype", "bfloat16", "--remat", "--max-length", "2048"]
+COMMON = ["--dtype", "bfloat16", "--remat", "full", "--scan-layers", "--max-length", "2048"]
 MINI = ["--method", "lora-mini", "--rank", "8", "--a", "64", "--b", "64"]
 PLANS = {
     "Llama-3-8B on one device": ["llama-3-8b", "--mesh", "data=1", "--batch-size", "2"],

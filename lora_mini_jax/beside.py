@@ -135,4 +135,7 @@ def delta(
         transpose = jax.linear_transpose(lambda rows: delta(rows, kernel, factors), thing)
         return view.outputs(transpose(x)[0])
     lead = len(view.batch)
-    return view.outputs(over_lead(delta, lead)(x, kernel, factors)).astype(dtype)
+    # As one matrix of rows: XLA turns whole activations round where a gradient sums over two axes.
+    rows = x.reshape(*x.shape[:lead], -1, x.shape[-1])
+    y = over_lead(delta, lead)(rows, kernel, factors)
+    return view.outputs(y.reshape(*x.shape[:-1], y.shape[-1])).astype(dtype)

@@ -6,7 +6,7 @@ the adapter, because no key draws them again.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -15,10 +15,16 @@ import jax.numpy as jnp
 from lora_mini_jax.adapter import Adapter, draw
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.gradient import LossFn
+from lora_mini_jax.low_rank import Product, orthonormal, top_singular
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.methods.full import Full
 from lora_mini_jax.plan import Site
-from lora_mini_jax.tree import Target, float32, matrices, over_lead
+from lora_mini_jax.tree import float32, matrices, over_lead
+
+PASSES = 3
+"""Over the batches: one finds a space, the next betters it, the last one looks inside it."""
+SPARE = 8
+"""Vectors that are looked for beyond those that are used: they make the others exact sooner."""
 
 
 def calibrate(
@@ -26,9 +32,10 @@ def calibrate(
 ) -> Adapter:
     """The adapter with the frozen factors of methods that take them from data.
 
-    Runs the unadapted model over ``batches``, forward and backward, and hands each method the mean
-    gradient of its kernel and the summed covariance of the kernel's inputs. Methods that need no
-    data stay as they are; where none does, nothing is run.
+    Runs the unadapted model over ``batches``, forward and backward (three times, for singular
+    vectors of gradients), and hands each method what it wants to see: of the summed gradient of its
+    kernel or of the second moment of the kernel's inputs. Methods that need no data stay as they
+    are; where none does, nothing is run.
 
     Args:
         adapter: freshly drawn.
@@ -43,41 +50,106 @@ def calibrate(
     sites = [s for s in adapter.sites if s.method.needs_data and not s.owner]
     if not sites:
         return adapter
-    found = _probed([site.target for site in sites], params, loss_fn, batches, has_aux)
+    batches = list(batches)
+    if not batches:
+        raise UserError("factors that come from data need at least one batch")
+    found = _seen(sites, params, loss_fn, batches, has_aux)
     kernels, frozen = matrices(params, [site.target for site in sites]), dict(adapter.frozen)
     for site in sites:
         path = site.target.path
-        seen = found[path]["dense"], found[path]["moment"]
-        frozen[path] = _make(site.method, len(site.target.lead), kernels[path], *seen)
+        frozen[path] = _make(site.method, len(site.target.lead), kernels[path], found[path])
     return replace(adapter, frozen=frozen)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _make(method: Method, lead: int, kernel: Any, gradient: Any, moment: Any) -> Factors:
-    return over_lead(method.from_data, lead)(kernel, gradient, moment)
+def _make(method: Method, lead: int, kernel: Any, seen: Factors) -> Factors:
+    return over_lead(method.from_data, lead)(kernel, seen)
 
 
-def _probed(
-    targets: list[Target], params: Any, loss_fn: LossFn, batches: Iterable[Any], has_aux: bool
-) -> dict[str, Factors]:
-    """The gradient of every kernel and its inputs' second moment, summed over the batches."""
-    probes = draw(params, tuple(Site(target, _Probe()) for target in targets), 0)
+def _seen(sites: list[Site], params: Any, loss_fn: Any, batches: list[Any], has_aux: bool) -> Any:
+    """What `Method.from_data` gets, by path: singular vectors of gradients by a randomised subspace
+    iteration (Halko, Martinsson and Tropp, arXiv 0909.4061), whose every step is a pass over the
+    batches with two thin matrices beside each kernel; no whole gradient is ever in memory."""
+    gradient = _summed_gradient(params, loss_fn, has_aux)
+    probes = draw(params, tuple(Site(site.target, _probe(site)) for site in sites), 0)
+    found = gradient(probes, batches)
+    if any(site.method.gradient_rank for site in sites):
+        for _ in range(PASSES - 1):
+            probes = probes.with_trainable(_turned(probes, found, _orthonormal))
+            found = gradient(probes, batches)
+    return _turned(probes, found, _singular)
+
+
+def _summed_gradient(params: Any, loss_fn: LossFn, has_aux: bool) -> Any:
+    """``sums(probes, batches)``: the probes' gradient, summed over the batches."""
 
     @jax.jit
-    def gradient(trainable: Any, params: Any, batch: Any) -> Any:
+    def gradient(probes: Adapter, params: Any, batch: Any) -> Any:
         def loss(trainable: Any) -> jax.Array:
             out = loss_fn(params, probes.with_trainable(trainable), batch, jax.random.key(0))
             return out[0] if has_aux else out
 
-        return jax.grad(loss)(trainable)
+        return jax.grad(loss)(probes.trainable)
 
-    total = None
-    for batch in batches:
-        one = gradient(probes.trainable, params, batch)
-        total = one if total is None else jax.tree.map(jnp.add, total, one)
-    if total is None:
-        raise UserError("factors that come from data need at least one batch")
-    return total
+    def sums(probes: Adapter, batches: list[Any]) -> Any:
+        each = (gradient(probes, params, batch) for batch in batches)
+        return reduce(partial(jax.tree.map, jnp.add), each)
+
+    return sums
+
+
+def _turned(probes: Adapter, found: Any, turn: Any) -> dict[str, Factors]:
+    """``turn`` of what was found at every kernel whose gradient is looked for."""
+    turned = dict(found)
+    for site in probes.sites:
+        if isinstance(site.method, _Gradient):
+            path = site.target.path
+            one = jax.jit(over_lead(turn, len(site.target.lead)))
+            turned[path] = one(probes.trainable[path], found[path])
+    return turned
+
+
+def _orthonormal(thin: Factors, found: Factors) -> Factors:
+    """The two sides for the next pass."""
+    left, right = found["left"], found["right"]
+    return {"left": orthonormal(left), "right": orthonormal(right.T).T}
+
+
+def _singular(thin: Factors, found: Factors) -> Factors:
+    """The singular vectors: ``right`` found with orthonormal ``left`` is ``left^T G``."""
+    u, _, vt = top_singular(found["right"], len(found["right"]))
+    return {"left": thin["left"] @ u, "right": vt}
+
+
+def _probe(site: Site) -> Method:
+    """What looks for what a site's method wants to see."""
+    rank = site.method.gradient_rank
+    if not rank:
+        return _Moment()
+    return _Gradient(min(rank + SPARE, site.target.n_in, site.target.n_out))
+
+
+@dataclass(frozen=True)
+class _Gradient(Product):
+    """Adds 0. With ``G`` the kernel's gradient, that of ``left (in, rank)`` is ``G right^T``, and
+    that of ``right (rank, out)`` is ``left^T G``."""
+
+    name = "gradient-probe"
+
+    def init(self, key: jax.Array, kernel: jax.Array) -> tuple[Factors, Factors]:
+        drawn = zip(jax.random.split(key), kernel.shape, strict=True)
+        left, right = (orthonormal(jax.random.normal(k, (n, self.rank))) for k, n in drawn)
+        return {"left": left, "right": right.T}, {}
+
+    def chain(self, factors: Factors) -> tuple[jax.Array, ...]:
+        return factors["left"], factors["right"]
+
+    def delta(self, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
+        y = super().delta(jax.lax.stop_gradient(x), kernel, factors)
+        return y - jax.lax.stop_gradient(y)
+
+    def n_trainable(self, n_in: int, n_out: int) -> int:
+        return self.rank * (n_in + n_out)
 
 
 @jax.custom_vjp
@@ -100,15 +172,14 @@ _nothing.defvjp(_forward, _backward)
 
 
 @dataclass(frozen=True)
-class _Probe(Full):
-    """Changes nothing; the gradient of ``dense`` is the kernel's, and that of ``moment`` the
-    inputs' second moment."""
+class _Moment(Full):
+    """Changes nothing; the gradient of ``moment`` is the inputs' second moment."""
 
-    name = "probe"
+    name = "moment-probe"
 
     def init(self, key: jax.Array, kernel: jax.Array) -> tuple[Factors, Factors]:
-        factors, _ = super().init(key, kernel)
-        return {**factors, "moment": jnp.zeros((kernel.shape[0],) * 2, jnp.float32)}, {}
+        dense, _ = super().init(key, kernel)
+        return {"moment": jnp.zeros((kernel.shape[0],) * 2, jnp.float32)}, dense
 
     def delta(self, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
         nothing = _nothing(x, factors["moment"])

@@ -2,11 +2,15 @@
 
 The base model and the regenerated frozen leaves are never written. The data position is the step:
 batches are a pure function of it. Each save is a new folder that appears complete or not at all,
-so a kill at any moment leaves the newest complete one to go on from.
+so a kill at any moment leaves the newest complete one to go on from. Training does not wait for
+the disk: a save copies the state to the host's memory, and one thread of ours writes it.
 """
 
 import logging
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +18,21 @@ import jax
 
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.files import writing
+from lora_mini_jax.files import writes, writing
+from lora_mini_jax.processes import together
 from lora_mini_jax.train import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of one run, in a folder. Use it as a context manager.
+    """The checkpoints of one run, in a folder. Use it as a context manager: it waits at its end
+    until what was saved is on the disk.
 
     Args:
         folder: where they are or will be.
         keep: how many of the newest to keep.
+
+    Raises:
+        UserError: a folder that cannot be made; at the end, what `wait` raises.
 
     Example:
         >>> with Checkpoints("runs/mine/checkpoints") as checkpoints:  # doctest: +SKIP
@@ -32,24 +41,29 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, keep: int = 2) -> None:
-        import orbax.checkpoint as ocp
-
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        _leave_errors_to_us()
         self.folder = Path(folder).resolve()
-        self._args = ocp.args
-        # Not in the background: a few kilobytes are written at once, and an error is raised here,
-        # where it can be said in a line, and not in a thread that prints its traceback.
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=False
-        )
         with writing(self.folder):
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            if writes():
+                self.folder.mkdir(parents=True, exist_ok=True)
+            together("checkpoint folder made")
+            self._manager = _manager(self.folder, keep)
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        with writing(self.folder):
+        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            return  # Another process is lost, and what is pending may be waiting for it.
+        try:
+            self.wait()
+        except UserError:
+            if error is None:  # What went wrong first is what there is to say.
+                raise
+        finally:
+            self._writer.shutdown()
             self._manager.close()
 
     def latest(self) -> int | None:
@@ -57,14 +71,25 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:
-        """Write the state; it is there, complete, when this returns.
+        """Begin to write the state, which may be donated when this returns; `wait` for the end.
+
+        Raises:
+            UserError: as `wait`; the save before this one is waited for.
+        """
+        self.wait()
+        step, tree = int(state.step), _on_host(_saved(state))
+        self._pending = self._writer.submit(self._write, step, tree)
+
+    def wait(self) -> None:
+        """Wait until the state that was saved last is there, complete.
 
         Raises:
             UserError: a disk that is full or cannot be written; earlier checkpoints stay.
         """
-        with writing(self.folder):
-            tree = self._args.StandardSave(_saved(state))
-            self._manager.save(int(state.step), args=tree, force=True)
+        pending, self._pending = self._pending, None
+        if pending:
+            with writing(self.folder):
+                pending.result()
 
     def restore(self, state: TrainState) -> TrainState | None:
         """The newest checkpoint in the place of ``state``'s values, or None when there is none.
@@ -74,15 +99,18 @@ class Checkpoints:
                 where the leaves go, be it another mesh than the one they were saved from.
 
         Raises:
-            UserError: a checkpoint that is damaged or of another run.
+            UserError: a checkpoint that is damaged or of another run; what `wait` raises.
         """
+        import orbax.checkpoint as ocp
+
+        self.wait()
         step = self.latest()
         if step is None:
             return None
         abstract = jax.tree.map(_abstract, _saved(state))
         try:
-            args = self._args.StandardRestore(abstract)
-            tree = self._manager.restore(step, args=args)
+            how = ocp.checkpoint_utils.construct_restore_args(abstract)
+            tree = self._manager.restore(step, args=ocp.args.PyTreeRestore(abstract, how))
         except Exception as error:  # Orbax and TensorStore raise a dozen kinds for a damaged file.
             reason = str(error).strip().split("\n")[0][:200]
             raise UserError(
@@ -91,6 +119,56 @@ class Checkpoints:
                 "to start again"
             ) from None
         return _restored(state, dict(tree))
+
+    def _write(self, step: int, tree: Any) -> None:
+        import orbax.checkpoint as ocp
+
+        self._manager.save(step, args=ocp.args.PyTreeSave(tree), force=True)
+
+
+@cache
+def _leave_errors_to_us() -> None:
+    """Orbax logs the errors that it raises, and what TensorStore still says into the event loop of
+    a write that has failed already can be raised to nobody: either would print a traceback."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def unraisable(what: Any) -> None:
+        if str(what.exc_value) != "Event loop is closed":
+            before(what)
+
+    sys.unraisablehook = unraisable
+
+
+def _manager(folder: Path, keep: int) -> Any:
+    """Orbax's, to be called from one thread at a time, whichever it is.
+
+    It is not asynchronous itself: it would copy the state while training waits, one leaf after the
+    other. With the processes named, they meet through JAX's coordination service; otherwise through
+    an exchange of the devices, which must not come between those of the training step.
+    """
+    import orbax.checkpoint as ocp
+
+    every = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        create=False,  # Orbax cannot, where the processes are named
+        enable_async_checkpointing=False,
+        multiprocessing_options=every,
+    )
+    # Of equal replicas the first is written, whole: to take slices of them is work for devices.
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=registry, multiprocessing_options=every
+    )
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handler)
+
+
+def _on_host(tree: Any) -> Any:
+    """A copy in the host's memory, sharded as it is; it need not be there when this returns."""
+    places = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("pinned_host"), tree)
+    return jax.device_put(tree, places)
 
 
 def _saved(state: TrainState) -> dict[str, Any]:

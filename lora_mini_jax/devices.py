@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 
 from lora_mini_jax import linen, processes, sharding
 from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.data import Batches
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.options import Finetune, Training
 from lora_mini_jax.quantized import quantized
@@ -53,20 +55,23 @@ class Devices:
         """The state on the devices; its adapter is there already."""
         return state if self.mesh is None else sharding.settled(self.mesh, state)
 
-    def batch(self, batch: Any) -> Any:
-        """A batch on the devices, each with its rows; every process has made the whole of it."""
+    def batch(self, batches: Batches, step: int) -> dict[str, jax.Array]:
+        """The batch of a step on the devices; every process reads the rows of its own."""
         if self.mesh is None:
-            return batch
-        return processes.placed(batch, sharding.of_batch(self.mesh))
+            return jax.device_put(batches.batch(step))
+        read = partial(batches.batch, step)
+        return processes.placed(batches.shapes, sharding.of_batch(self.mesh), read)
 
 
 def reading(options: Finetune, module: nn.Module) -> dict[str, Any]:
     """What ``models.load`` is told so that every parameter of the module goes where it belongs,
     and is quantised if it is to be, as soon as it is read."""
-    how = {"dtype": jnp.dtype(options.dtype), "remat": options.remat}
+    dtype, scan = jnp.dtype(options.dtype), options.scan_layers
+    how = {"dtype": dtype, "param_dtype": dtype, "scan_layers": scan, "remat": options.remat}
     family, devices, bits = family_of_module(module), Devices.of(options), options.quantize
     if devices.mesh is None and bits is None:
         return how
+    module = module.clone(scan_layers=scan)
     shapes = family.shapes(module)
     kernels = linen.targets(module, shapes, *family.inputs())
     places = flatten(devices.params(shapes, kernels) or {})

@@ -11,6 +11,7 @@ from lora_mini_jax.calibration import calibrate
 from lora_mini_jax.choice import agreed
 from lora_mini_jax.devices import Devices
 from lora_mini_jax.loop import Log, fit
+from lora_mini_jax.meter import waited
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.report import run_report
 from lora_mini_jax.runs import Row, RunFolder
@@ -53,7 +54,7 @@ def finetune(options: Finetune, say: Log = print) -> Row:
     before = task.samples(None)
     sites = of_length(task.sites, steps, options.parsed_settings())
     adapter = devices.adapter(draw(task.params, sites, options.seed))
-    first = (devices.batch(task.train.batch(i)) for i in range(min(CALIBRATION_BATCHES, steps)))
+    first = (devices.batch(task.train, i) for i in range(min(CALIBRATION_BATCHES, steps)))
     adapter = calibrate(adapter, task.params, task.loss, first, has_aux=True)
     adapter = searched(options, folder, task, adapter, steps, say)
     tx = optimizer(options, steps, adapter.sites, options.lora_plus_ratio)
@@ -101,6 +102,7 @@ def summarize(
         **{f"{name}_before": held_out[0][name] for name in measures},
         **{f"{name}_after": after[name] for name in measures},
         "step_seconds": median(times[1:] or times),  # the first has the warming up in it
+        "data_wait_share": waited(rows),
         "step_bytes": next((row["step_bytes"] for row in rows if "step_bytes" in row), None),
         "adapter_bytes": sum(file.stat().st_size for file in folder.adapter.iterdir()),
         "seconds": round(max(row["seconds"] for row in rows), 1),

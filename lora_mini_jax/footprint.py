@@ -22,10 +22,11 @@ from lora_mini_jax.tree import Target
 
 AS_ON_ACCELERATORS = {
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion,"
-    "while-loop-expensive-invariant-code-motion"
+    "while-loop-expensive-invariant-code-motion,cse_barrier_expander"
 }
-"""A CPU computes bfloat16 in float32, and XLA would widen the kernels of all scanned layers, or
-gather them from all devices, before the loop: what no accelerator does."""
+"""What XLA does for CPUs and for no accelerator: it widens the kernels of all scanned layers, for a
+CPU computes bfloat16 in float32, or gathers them from all devices, before the loop; and it drops
+the barriers without which layers that are not scanned are kept and not recomputed."""
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,14 @@ def run_plan(options: PlanStep) -> Report:
 def plan_step(options: PlanStep) -> Report:
     """The footprint of one step of ``finetune`` with the same options, as a JSON-ready dict.
 
-    The parameters are taken in the dtype of the computation, and the layers in one scan: what
-    counts is the same, and a large model compiles in a minute.
+    Deep models compile in a minute with ``scan_layers``, and without it layer by layer.
 
     Raises:
         UserError: a model that cannot be read or is no decoder of Llama's family, kernels that the
-            method cannot adapt, a mesh that the batch cannot be split over.
+            method cannot adapt, a mesh that the batch cannot be split over, or a quantised base.
     """
+    if options.quantize:
+        raise UserError("a plan is of a dense base: leave --quantize out")
     mesh = sharding.make_mesh(options.mesh or "data=1", _simulated(options.mesh))
     sharding.check_rows(mesh, options.batch_size // options.accumulate)
     model = _model(options)
@@ -69,6 +70,7 @@ def plan_step(options: PlanStep) -> Report:
         "length": options.max_length,
         "dtype": options.dtype,
         "remat": options.remat,
+        "scan_layers": options.scan_layers,
         "trainable": sum(site.n_trainable for site in sites),
         "model_parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "bytes_per_device": {**_memory(found), "total": found.total},
@@ -85,7 +87,8 @@ def text(report: Report) -> str:
         *(f"method       {method}" for method in report["methods"]),
         f"trained      {report['trainable']:,}",
         f"batch        {report['rows']} x {report['length']} tokens, {report['dtype']}"
-        f"{', remat' if report['remat'] else ''}",
+        f", remat {report['remat']}"
+        f"{', scanned layers' if report['scan_layers'] else ''}",
         f"devices      {report['devices']} ({sizes})",
         f"products     {report['gflop']:,.1f} GFLOP a step, on all devices together",
         "",
@@ -107,9 +110,9 @@ def _memory(found: Footprint) -> dict[str, int]:
 
 
 def _model(options: PlanStep) -> Llama:
-    """The model in one scan, in the dtype of the computation."""
+    """The model as `devices.reading` has it read."""
     config, dtype = load_decoder_config(options.model), jnp.dtype(options.dtype)
-    return Llama(config, dtype, dtype, scan_layers=True, remat=options.remat)
+    return Llama(config, dtype, dtype, options.scan_layers, options.remat)
 
 
 def _shapes(model: Llama) -> Any:

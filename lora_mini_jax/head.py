@@ -89,7 +89,9 @@ def head_of(adapter: str | Path) -> Head | None:
 
 
 def load_for(adapter: str | Path, folder: Path) -> tuple[Any, Any]:
-    """The base in ``folder`` with the head that the adapter was trained with, before any training;
-    the model and its parameters."""
-    head = head_of(adapter)
-    return load(folder) if head is None else head.load(folder)
+    """The base in ``folder`` as the adapter was trained on it, before any training: with its head,
+    and its layers stacked if they were; the model and its parameters."""
+    head, sites = head_of(adapter), storage.record_of(adapter).sites
+    stacked = any(site.target.stack for site in sites)
+    read = load if head is None else head.load
+    return read(folder, scan_layers=stacked)

@@ -164,6 +164,7 @@ def _head(options: Finetune, classes: tuple[str, ...]) -> Head:
 
 
 def _sites(options: Finetune, module: Any) -> tuple[Site, ...]:
+    module = module.clone(scan_layers=options.scan_layers)
     return planned_sites(options, module, family_of_module(module).trunk)
 
 

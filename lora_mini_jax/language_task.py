@@ -1,7 +1,9 @@
 """Text that is continued: the task of a decoder, with packed rows and a loss token by token."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -10,16 +12,17 @@ import numpy as np
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.data import (
     Batches,
-    Encoded,
+    Example,
     Packed,
     Tokenizer,
-    encode_records,
     examples_right,
     load_tokenizer,
     next_tokens,
-    pack,
     summed,
 )
+from lora_mini_jax.data.cache import Part, Recipe
+from lora_mini_jax.data.examples import encode_stream
+from lora_mini_jax.data.packing import packed_chunks
 from lora_mini_jax.decode import generate
 from lora_mini_jax.devices import reading
 from lora_mini_jax.errors import UserError
@@ -28,7 +31,7 @@ from lora_mini_jax.models.hub import load_decoder_config, load_module, resolve
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.plan import Site
 from lora_mini_jax.scores import Scores
-from lora_mini_jax.task import Task, check_ids, planned_sites, read_data, sources
+from lora_mini_jax.task import Task, check_ids, planned_sites, read_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,13 +104,11 @@ def prepare(options: Finetune) -> LanguageTask:
     check_length(options.max_length, config)
     sites = planned(options)
     tokenizer = load_tokenizer(folder)
-    train, valid = _encode(options, tokenizer)
-    top = max(int(e.tokens.max()) for part in (train, valid) for e in part.examples)
-    check_ids(tokenizer, config.vocab_size, top)
+    train, valid = read_rows(options, recipe(options, tokenizer, folder))
+    check_ids(tokenizer, config.vocab_size, max(train.top, valid.top))
     model, params = load(folder, **reading(options, load_module(folder)))
     train_rows, valid_rows = (
-        Batches(_pack(encoded, options), options.batch_size, options.seed)
-        for encoded in (train, valid)
+        Batches(part.rows, options.batch_size, options.seed) for part in (train, valid)
     )
     return LanguageTask(
         model,
@@ -124,7 +125,7 @@ def prepare(options: Finetune) -> LanguageTask:
 
 def planned(options: Finetune) -> tuple[Site, ...]:
     """See `task.planned`."""
-    return planned_sites(options, load_module(options.model))
+    return planned_sites(options, load_module(options.model, scan_layers=options.scan_layers))
 
 
 def check_length(max_length: int, config: Any) -> None:
@@ -136,29 +137,23 @@ def check_length(max_length: int, config: Any) -> None:
         )
 
 
-def _encode(options: Finetune, tokenizer: Tokenizer) -> tuple[Encoded, Encoded]:
-    """Training and held-out examples."""
-    encoded = [
-        encode_records(
-            rows,
-            tokenizer,
-            options.record_fields(),
-            max_length=options.max_length,
-            overlong=options.overlong,
-            source=source,
-        )
-        for rows, source in zip(read_data(options), sources(options), strict=True)
-    ]
-    return encoded[0], encoded[1]
+def recipe(options: Finetune, tokenizer: Tokenizer, folder: Path) -> Recipe:
+    """How records become rows."""
+    fields, packing = options.record_fields(), options.packing
+    fit = {"max_length": options.max_length, "overlong": options.overlong}
+    return Recipe(
+        partial(encode_stream, tokenizer=tokenizer, fields=fields, **fit),
+        partial(packed_chunks, length=options.max_length, packing=packing),
+        Example,
+        Packed,
+        {"rows": "packed", "packing": packing, "fields": asdict(fields), **fit},
+        folder,
+    )
 
 
-def _pack(encoded: Encoded, options: Finetune) -> Packed:
-    return pack(encoded.examples, options.max_length, packing=options.packing)
-
-
-def notes_of(encoded: Any, name: str, options: Finetune) -> list[str]:
-    """What was left out of the encoded data, or cut, in words."""
-    counts = {"skipped": encoded.skipped, "cut": encoded.truncated}
+def notes_of(part: Part, name: str, options: Finetune) -> list[str]:
+    """What was left out of the data, or cut, in words."""
+    counts = {"skipped": part.skipped, "cut": part.truncated}
     return [
         f"{count} {name} examples were {what}: longer than {options.max_length} tokens, or with "
         "nothing to learn in them"
@@ -172,12 +167,12 @@ def spread(examples: Sequence[Any], number: int) -> Sequence[Any]:
     return examples[:: max(1, len(examples) // max(1, number))]
 
 
-def _prompts(encoded: Encoded, options: Finetune) -> list[list[int]]:
+def _prompts(valid: Part, options: Finetune) -> list[list[int]]:
     """The start of a few held-out examples: what comes before the first token with a loss; of a
     text, which has loss everywhere, the first few tokens."""
     room = options.max_length - options.max_new_tokens
     prompts = []
-    for example in spread(encoded.examples, options.samples):
+    for example in spread(valid.examples, options.samples):
         first = int(np.argmax(example.loss_mask))
         cut = first if first > 2 else min(12, len(example.tokens) - 1)
         if 0 < cut <= room:

@@ -1,14 +1,17 @@
 """The training loop of every run: from the newest checkpoint to the last step."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.best import Best
 from lora_mini_jax.checkpoint import Checkpoints
+from lora_mini_jax.data.prefetch import prefetched
 from lora_mini_jax.devices import Devices
 from lora_mini_jax.meter import Meter
 from lora_mini_jax.options import Training
@@ -20,6 +23,7 @@ from lora_mini_jax.train import TrainState, make_train_step
 
 Log = Callable[[str], None]
 ONE = Devices()
+tokens = jax.jit(jnp.count_nonzero)  # of all processes, each of which has only its rows at hand
 
 
 def fit(
@@ -54,7 +58,7 @@ def fit(
     state = devices.state(TrainState.create(devices.adapter(adapter), tx, options.seed))
     every = options.eval_every or task.eval_every
     evaluate = make_evaluate(task, devices)
-    step = make_train_step(
+    step: Any = make_train_step(
         task.loss, tx, has_aux=True, parts=options.accumulate, like=state if devices.mesh else None
     )
     with Checkpoints(folder.checkpoints) as checkpoints:
@@ -65,18 +69,18 @@ def fit(
         folder.rewind(start if start else -1)
         if best and start:
             best.update(state)
-        with Meter(options, folder, start, steps, learning_rate(options, steps)) as meter:
+        with (
+            Meter(options, folder, start, steps, learning_rate(options, steps)) as meter,
+            prefetched(partial(devices.batch, task.train), start, steps) as batches,
+        ):
             if start == 0:
                 meter.evaluated(evaluate(state.adapter))
-            if start < steps:
-                batch = devices.batch(task.train.batch(start))
-                step = step.lower(state, task.params, batch).compile()
-                meter.compiled(step)
-            for i in range(start, steps):
-                batch = task.train.batch(i)
-                state, metrics = step(state, task.params, devices.batch(batch))
-                meter.add(metrics, int(np.count_nonzero(batch["segment_ids"])))
-                done = i + 1
+            for done, batch in enumerate(meter.waits(batches), start + 1):
+                if done == start + 1:
+                    step = step.lower(state, task.params, batch).compile()
+                    meter.compiled(step)
+                state, metrics = step(state, task.params, batch)
+                meter.add(metrics, tokens(batch["segment_ids"]))
                 evaluated = done < steps and _due(done, every, steps)
                 if evaluated:
                     meter.flush()
@@ -85,9 +89,11 @@ def fit(
                     meter.flush()  # also refuses to save after a loss that is not finite
                     checkpoints.save(state)
                 if best and evaluated:
+                    checkpoints.wait()
                     best.update(state)
             meter.evaluated(evaluate(state.adapter))
             if best:
+                checkpoints.wait()
                 best.update(state)
     return state
 
@@ -97,8 +103,9 @@ def make_evaluate(task: Task, devices: Devices = ONE) -> Callable[[Adapter], Row
     compiled = jax.jit(task.score)
 
     def evaluate(adapter: Adapter) -> Row:
-        batches = map(devices.batch, task.valid.eval_batches())
-        scores = [compiled(task.params, adapter, batch) for batch in batches]
+        rows = task.valid.in_order
+        with prefetched(partial(devices.batch, rows), 0, len(rows)) as batches:
+            scores = [compiled(task.params, adapter, batch) for batch in batches]
         return task.measures(on_host(scores))
 
     return evaluate

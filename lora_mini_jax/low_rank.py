@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lora_mini_jax.checks import require_number, require_whole
 from lora_mini_jax.method import Factors, Method
+from lora_mini_jax.products import through
 from lora_mini_jax.tree import float32
 
 
@@ -37,11 +38,11 @@ class Product(Method):
         after one of them stands for a diagonal: its gradient then needs no matrix's."""
 
     def delta(self, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
-        return reduce(_times, (each.astype(x.dtype) for each in self.chain(factors)), x)
+        return through(x, [each.astype(x.dtype) for each in self.chain(factors)])
 
     def rows(self, ids: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
         first, *rest = self.chain(factors)
-        return reduce(_times, rest, first[ids])
+        return through(first[ids], rest)
 
     def merge(self, kernel: jax.Array, factors: Factors) -> jax.Array:
         return float32(kernel) + self.update(factors)
@@ -81,11 +82,6 @@ class Product(Method):
             else:
                 found.append(each)
         return found
-
-
-def _times(x: jax.Array, each: jax.Array) -> jax.Array:
-    """``x`` times a matrix of the chain, or times a diagonal."""
-    return x * each if each.ndim == 1 else x @ each
 
 
 @dataclass(frozen=True)

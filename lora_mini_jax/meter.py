@@ -1,7 +1,8 @@
 """What a run shows while it trains: progress bar, metrics.jsonl and TensorBoard."""
 
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -12,6 +13,8 @@ from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import writes
 from lora_mini_jax.options import Training
 from lora_mini_jax.runs import Row, RunFolder
+
+T = TypeVar("T")
 
 
 class Meter:
@@ -25,7 +28,7 @@ class Meter:
         rows = folder.metrics()
         self._before = max((row["seconds"] for row in rows), default=0.0)
         self._began, self._last, self._pending = time.monotonic(), time.monotonic(), []
-        self._tokens = 0
+        self._tokens, self._waited = [], 0.0
         self._bar = tqdm(
             total=steps, initial=start, unit="step", desc=options.method, disable=not writes()
         )
@@ -39,11 +42,22 @@ class Meter:
         if self._board:
             self._board.close()
 
-    def add(self, metrics: Any, tokens: int) -> None:
-        """Note one step and how many tokens it saw, padding apart; every ``log_every`` steps they
-        are written."""
+    def waits(self, batches: Iterator[T]) -> Iterator[T]:
+        """The batches; how long one waits for each is noted."""
+        while True:
+            began = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited += time.monotonic() - began
+            yield batch
+
+    def add(self, metrics: Any, tokens: Any) -> None:
+        """Note one step and how many tokens it saw, padding apart, an array of one number; every
+        ``log_every`` steps they are written."""
         self._pending.append(metrics)
-        self._tokens += tokens
+        self._tokens.append(tokens)
         self._step += 1
         self._bar.update()
         if self._step % self._options.log_every == 0:
@@ -68,10 +82,11 @@ class Meter:
             )
         now = time.monotonic()
         elapsed, n = max(now - self._last, 1e-9), len(self._pending)
-        speed = self._tokens / elapsed
-        self._last, self._pending, self._tokens = now, [], 0
+        speed = sum(int(np.asarray(tokens)) for tokens in self._tokens) / elapsed
+        waited, self._waited = self._waited, 0.0
+        self._last, self._pending, self._tokens = now, [], []
         row = {"loss": losses.mean(), "grad_norm": norms.mean(), "tokens_per_second": speed}
-        row["step_seconds"] = elapsed / n
+        row |= {"step_seconds": elapsed / n, "data_wait_share": min(waited / elapsed, 1.0)}
         row["learning_rate"] = np.asarray(self._rate(self._step - 1)).item()
         self._bar.set_postfix({"loss": f"{losses.mean():.3f}", "tok/s": f"{speed:.0f}"})
         self._write({name: float(value) for name, value in row.items()})
@@ -84,7 +99,7 @@ class Meter:
     def compiled(self, step: jax.stages.Compiled) -> None:
         """Write how much memory the compiled step needs: its arguments, results that are not
         written over them, and temporaries. Nor is the time to compile counted as training."""
-        self._last = time.monotonic()
+        self._last, self._waited = time.monotonic(), 0.0
         memory = step.memory_analysis()
         if memory is not None:  # some backends do not say
             sizes = memory.argument_size_in_bytes, memory.output_size_in_bytes
@@ -98,6 +113,17 @@ class Meter:
             for name, value in row.items():
                 self._board.add_scalar(name, value, self._step)
             self._board.flush()
+
+
+def waited(rows: Iterable[Row]) -> float | None:
+    """The share of a run's time in steps that it waited for data, from the lines of its metrics;
+    None where they do not say. Its wait for the first batch is that of starting up, and no part."""
+    seconds, waits, before = 0.0, 0.0, 0
+    for row in (row for row in rows if "data_wait_share" in row):
+        took = row["step_seconds"] * (row["step"] - before)
+        seconds, waits = seconds + took, waits + took * row["data_wait_share"]
+        before = row["step"]
+    return waits / seconds if seconds else None
 
 
 def _board(folder: RunFolder) -> Any:

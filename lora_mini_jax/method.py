@@ -123,9 +123,11 @@ class Method(ABC):
         """The whole update as ``(in, r) @ (r, out)``, float32; None where it is no such product."""
         return None
 
-    def from_data(self, kernel: jax.Array, gradient: jax.Array, moment: jax.Array) -> Factors:
-        """All frozen leaves, from the kernel, its gradient ``(in, out)`` and the second moment of
-        its inputs ``(in, in)``, both of some batches; for methods that `needs_data`."""
+    def from_data(self, kernel: jax.Array, seen: Factors) -> Factors:
+        """All frozen leaves, from the kernel and what `calibrate` saw of it; for methods that
+        `needs_data`. ``seen`` holds the top singular vectors of the kernel's gradient, at least
+        ``gradient_rank`` of them where it has as many: ``left (in, k)`` and ``right (k, out)``.
+        Where ``gradient_rank`` is 0 it holds ``moment (in, in)``, the inputs' second moment."""
         raise NotImplementedError(f"{self.name} makes nothing from data")
 
     def shift(self, factors: Factors) -> jax.Array | None:
@@ -168,6 +170,17 @@ class Method(ABC):
     def needs_data(self) -> bool:
         """Whether its frozen leaves are 0 until `calibrate` makes them from data."""
         return False
+
+    @classmethod
+    def with_data(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that a run which has data takes beside those given: what is better than the
+        defaults, but cannot be had without data."""
+        return {}
+
+    @property
+    def gradient_rank(self) -> int:
+        """How many singular vectors of its kernel's gradient `from_data` uses."""
+        return 0
 
     @property
     def scratch(self) -> frozenset[str]:

@@ -1,7 +1,7 @@
 """Frozen outer factors ``A_aux (in, a)`` and ``B_aux (b, out)``: drawn, or made from data."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,14 @@ OuterInit = Literal["normal", "fan_in", "orthogonal", "svd", "gradient", "activa
 ``"gradient"``: those of the kernel's gradient. ``"activation"``: the main directions of the layer's
 inputs and of its outputs. The last two come from data, see `calibrate`."""
 FROM_DATA = ("gradient", "activation")
+DRAWN = ("normal", "fan_in", "orthogonal")
+"""Those that are a function of the key and the kernel's shape alone."""
+Kept = Literal["float32", "bfloat16", "recompute"]
+"""How they are kept: in this dtype, or drawn again in every call."""
 
 
 def draw(
-    outer_init: OuterInit, keys: Sequence[jax.Array] | jax.Array, kernel: jax.Array, a: int, b: int
+    outer_init: OuterInit, keys: Sequence[jax.Array] | jax.Array, kernel: Any, a: int, b: int
 ) -> tuple[jax.Array, jax.Array]:
     """``A_aux (in, a)`` and ``B_aux (b, out)`` in float32, from a key each; 0 where they come from
     data."""
@@ -38,20 +42,29 @@ def draw(
     return a_aux, b_aux
 
 
-def from_data(
-    outer_init: OuterInit,
-    kernel: jax.Array,
-    gradient: jax.Array,
-    moment: jax.Array,
-    a: int,
-    b: int,
-) -> Factors:
+def seed(keys: jax.Array, kernel: jax.Array) -> Factors:
+    """What `again` draws the factors from: two keys' data (uint32), and the factors without their
+    entries, whose long sides say how long they are and take no memory."""
+    n_in, n_out = kernel.shape
+    none = {"A_aux": jnp.zeros((n_in, 0)), "B_aux": jnp.zeros((0, n_out))}
+    return {"outer_keys": jax.random.key_data(keys), **none}
+
+
+def again(outer_init: OuterInit, seeds: Factors, a: int, b: int) -> tuple[jax.Array, jax.Array]:
+    """What `draw` gave for one of `DRAWN`, from `seed`."""
+    shape = seeds["A_aux"].shape[0], seeds["B_aux"].shape[1]
+    # Of the generator of `adapter.as_key`, whatever JAX's own default is.
+    keys = jax.random.wrap_key_data(seeds["outer_keys"], impl="threefry2x32")
+    return draw(outer_init, keys, jax.ShapeDtypeStruct(shape, jnp.float32), a, b)
+
+
+def from_data(outer_init: OuterInit, kernel: jax.Array, seen: Factors, a: int, b: int) -> Factors:
     """The factors of ``"gradient"`` and ``"activation"``; arguments as in `Method.from_data`."""
     if outer_init == "gradient":
-        left, _, right = top_singular(gradient, max(a, b))
+        left, right = seen["left"], seen["right"]
     else:
-        left, _, _ = top_singular(moment, a)
-        _, _, right = top_singular(kernel.T @ moment @ kernel, b)
+        left, _, _ = top_singular(seen["moment"], a)
+        _, _, right = top_singular(kernel.T @ seen["moment"] @ kernel, b)
     return {"A_aux": left[:, :a], "B_aux": right[:b]}
 
 

@@ -10,7 +10,7 @@ from lora_mini_jax import linen, storage
 from lora_mini_jax.data import Batches, load_tokenizer, read_records
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import write_text
-from lora_mini_jax.head import Head, head_of
+from lora_mini_jax.head import Head, head_of, load_for
 from lora_mini_jax.label_task import check_rows, encode
 from lora_mini_jax.loop import Log
 from lora_mini_jax.models.hub import resolve
@@ -38,7 +38,7 @@ def run_predict(options: Predict, say: Log = print) -> list[dict[str, Any]]:
     unknown = np.zeros(len(records), np.int32)
     rows, _ = encode(records, unknown, head, module.config, tokenizer, options.data)  # type: ignore[attr-defined]
     check_rows(module, tokenizer, rows)
-    model, params = head.load(folder)
+    model, params = load_for(options.adapter, folder)
     allow = options.allow_different_base
     adapter = storage.load(options.adapter, params, allow_different_base=allow)
     batches = Batches(rows, options.batch_size, seed=0)

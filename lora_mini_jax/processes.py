@@ -6,7 +6,8 @@ devices; a mesh spans them all. With one process everything here does nothing.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import jax
@@ -77,19 +78,30 @@ def on_host(tree: Any) -> Any:
     return jax.tree.map(gathered, tree)
 
 
-def placed(tree: Any, shardings: Any) -> Any:
-    """Arrays on devices from host arrays that every process has alike; each puts what is its own.
+def placed(
+    shapes: Mapping[str, tuple[int, ...]],
+    sharding: jax.sharding.Sharding,
+    read: Callable[[slice], Mapping[str, np.ndarray]],
+) -> dict[str, jax.Array]:
+    """Arrays on devices, split by rows; every process reads the rows of its own devices, once each.
 
-    ``shardings`` is one for all leaves, or a tree of them.
+    Args:
+        shapes: those of the whole arrays, by name.
+        sharding: of all of them, along the first axis only.
+        read: ``read(rows)`` gives the arrays' rows of a slice, the same in every process.
     """
 
-    def place(leaf: Any, sharding: Any) -> jax.Array:
-        leaf = np.asarray(leaf)
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+    @cache
+    def part(start: int | None, stop: int | None) -> Mapping[str, np.ndarray]:
+        return read(slice(start, stop))
 
-    if isinstance(shardings, jax.sharding.Sharding):
-        return jax.tree.map(lambda leaf: place(leaf, shardings), tree)
-    return jax.tree.map(place, tree, shardings)
+    def place(name: str) -> jax.Array:
+        def own(index: Any) -> np.ndarray:
+            return part(index[0].start, index[0].stop)[name]
+
+        return jax.make_array_from_callback(shapes[name], sharding, own)
+
+    return {name: place(name) for name in shapes}
 
 
 def guarded(run: Callable[[], Any]) -> Any:

@@ -35,9 +35,12 @@ def to_text(
     ``drawn_again`` are the frozen leaves that are not saved; a digest of each is.
     """
     methods = list(dict.fromkeys(site.method for site in adapter.sites))
+    flat = flatten(params)
+    dtype = jnp.result_type(*{flat[site.target.path].dtype for site in adapter.sites}).name
     record = {
         "format": FORMAT,
         "base": base,
+        **({} if dtype == "float32" else {"dtype": dtype}),
         **({} if task is None else {"task": dict(task)}),
         "key": on_host(adapter.key).tolist(),
         "methods": [method.to_dict() for method in methods],
@@ -52,13 +55,14 @@ def to_text(
 
 
 class Record(NamedTuple):
-    """What `read_record` finds; ``digests`` by path and leaf."""
+    """What `read_record` finds; ``digests`` by path and leaf, ``dtype`` of the base's kernels."""
 
     base: str
     key: jax.Array
     sites: tuple[Site, ...]
     digests: dict[str, dict[str, list[float]]]
     fingerprint: list[list[float]]
+    dtype: str
     task: dict[str, Any] | None
 
 
@@ -79,7 +83,8 @@ def read_record(record: Any, folder: Path) -> Record:
             raise ValueError("key or base_fingerprint is of the wrong shape")
         digests = {site["path"]: dict(site.get("digest", {})) for site in record["sites"]}
         task = None if record.get("task") is None else dict(record["task"])
-        return Record(str(record["base"]), jnp.asarray(key), sites, digests, marks, task)
+        dtype = jnp.dtype(record.get("dtype", "float32")).name
+        return Record(str(record["base"]), jnp.asarray(key), sites, digests, marks, dtype, task)
     except (TypeError, KeyError, IndexError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{folder}/adapter.json is damaged: {error}") from None
 

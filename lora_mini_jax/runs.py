@@ -12,7 +12,7 @@ from lora_mini_jax.options import Training, defaults, differences, to_json
 from lora_mini_jax.processes import together
 
 Row = dict[str, Any]
-ELSEWHERE = ("output_dir", "mesh", "coordinator", "processes", "process")
+ELSEWHERE = ("output_dir", "cache_dir", "mesh", "coordinator", "processes", "process")
 """Options that a run may go on with another way: where it runs is not what it computes."""
 
 

@@ -86,7 +86,7 @@ def search(
     folder.rewind(-steps - 1)
     folder.log([before])
     for i in tqdm(range(steps), unit="step", desc="search", disable=not writes()):
-        batches = devices.batch(train.batch(i)), devices.batch(valid.batch(i))
+        batches = devices.batch(train, i), devices.batch(valid, i)
         state, metrics = step(state, task.params, *batches)
         pending.append(on_host(metrics))
         if (i + 1) % options.log_every == 0 or i + 1 == steps:

@@ -3,14 +3,17 @@
 The decoder's rows are those of text that is continued, one example each; so are loss and measures.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.data import Batches, Tokenizer, load_tokenizer, next_tokens
-from lora_mini_jax.data.pairs import EncodedPairs, encode_pairs, pair_rows
+from lora_mini_jax.data.cache import Recipe
+from lora_mini_jax.data.pairs import Pair, PairRows, pair_chunks, pair_stream
 from lora_mini_jax.decode_seq2seq import generate
 from lora_mini_jax.devices import reading
 from lora_mini_jax.errors import UserError
@@ -20,7 +23,7 @@ from lora_mini_jax.models.hub import load_config, load_module, resolve
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.plan import Site
 from lora_mini_jax.scores import Scores, score
-from lora_mini_jax.task import check_ids, planned_sites, read_data, sources
+from lora_mini_jax.task import check_ids, planned_sites, read_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,17 +50,11 @@ def prepare(options: Finetune) -> Seq2SeqTask:
     config = load_config(folder)
     sites = planned(options)
     tokenizer = load_tokenizer(folder)
-    train, valid = _encode(options, config, tokenizer)
-    each = (row for part in (train, valid) for pair in part.examples for row in pair)
-    check_ids(tokenizer, config.vocab_size, max(int(row.max()) for row in each))
+    train, valid = read_rows(options, recipe(options, config, tokenizer, folder))
+    check_ids(tokenizer, config.vocab_size, max(train.top, valid.top))
     model, params = load(folder, **reading(options, load_module(folder)))
     train_rows, valid_rows = (
-        Batches(
-            pair_rows(part.examples, max_length=options.max_length, pad_id=config.pad_token_id),
-            options.batch_size,
-            options.seed,
-        )
-        for part in (train, valid)
+        Batches(part.rows, options.batch_size, options.seed) for part in (train, valid)
     )
     prompts = [pair.source.tolist() for pair in spread(valid.examples, options.samples)]
     return Seq2SeqTask(
@@ -75,23 +72,18 @@ def prepare(options: Finetune) -> Seq2SeqTask:
 
 def planned(options: Finetune) -> tuple[Site, ...]:
     """See `task.planned`."""
-    return planned_sites(options, load_module(options.model))
+    return planned_sites(options, load_module(options.model, scan_layers=options.scan_layers))
 
 
-def _encode(
-    options: Finetune, config: Any, tokenizer: Tokenizer
-) -> tuple[EncodedPairs, EncodedPairs]:
-    """Training and held-out pairs."""
-    encoded = [
-        encode_pairs(
-            rows,
-            tokenizer,
-            options.record_fields(),
-            start_id=config.decoder_start_token_id,
-            max_length=options.max_length,
-            overlong=options.overlong,
-            source=source,
-        )
-        for rows, source in zip(read_data(options), sources(options), strict=True)
-    ]
-    return encoded[0], encoded[1]
+def recipe(options: Finetune, config: Any, tokenizer: Tokenizer, folder: Path) -> Recipe:
+    """How records become rows."""
+    fields, start, pad = options.record_fields(), config.decoder_start_token_id, config.pad_token_id
+    fit = {"max_length": options.max_length, "overlong": options.overlong}
+    return Recipe(
+        partial(pair_stream, tokenizer=tokenizer, fields=fields, start_id=start, **fit),
+        partial(pair_chunks, max_length=options.max_length, pad_id=pad),
+        Pair,
+        PairRows,
+        {"rows": "pairs", "start_id": start, "pad_id": pad, "fields": asdict(fields), **fit},
+        folder,
+    )

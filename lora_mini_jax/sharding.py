@@ -170,6 +170,8 @@ def _sides(target: Target, rules: Rules | None) -> Sides:
 def _of_leaf(
     mesh: Mesh, site: Site, name: str, shape: tuple[int, ...], rules: Rules | None
 ) -> NamedSharding:
+    if 0 in shape:  # nothing to split; XLA would leave it whole
+        return NamedSharding(mesh, PartitionSpec())
     target = site.target
     along = dict(zip(("in", "out"), _sides(target, rules), strict=True))
     lead = len(target.lead)
@@ -205,7 +207,9 @@ def _runs_along(method: Method, n_in: int, n_out: int) -> dict[str, tuple[str, .
 
     def side(name: str, axis: int) -> str:
         for word, twice in (("in", longer), ("out", broader)):
-            if all(b[name][axis] == 2 * a[name][axis] for a, b in zip(once, twice, strict=True)):
+            if all(
+                b[name][axis] == 2 * a[name][axis] > 0 for a, b in zip(once, twice, strict=True)
+            ):
                 return word
         return ""
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,7 +22,7 @@ from lora_mini_jax.plan import check
 from lora_mini_jax.processes import on_host, together
 from lora_mini_jax.record import Record, fingerprint, read_record, to_text
 from lora_mini_jax.sketch import same, sketch
-from lora_mini_jax.tree import flatten
+from lora_mini_jax.tree import flatten, unflatten
 
 GROUPS = ("trainable", "frozen")
 
@@ -80,7 +81,7 @@ def load(
     folder, record = Path(folder), record_of(folder)
     try:
         check(record.sites)
-        drawn = draw(params, record.sites, record.key)  # checks every shape
+        drawn = draw(_rounded(params, record), record.sites, record.key)  # checks every shape
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     if not allow_different_base:
@@ -97,6 +98,16 @@ def record_of(folder: str | Path) -> Record:
     if not folder.is_dir():
         raise UserError(f"no adapter folder {folder}")
     return read_record(read_json(folder / "adapter.json"), folder)
+
+
+def _rounded(params: Mapping[str, Any], record: Record) -> Mapping[str, Any]:
+    """The kernels as precise as those that the adapter was drawn from: singular vectors of a kernel
+    are not those of the kernel rounded."""
+    if record.dtype == "float32":
+        return params
+    flat, paths = flatten(params), {site.target.path for site in record.sites}
+    plain = {path for path in paths & flat.keys() if isinstance(flat[path], jax.Array)}
+    return unflatten({**flat, **{path: flat[path].astype(record.dtype) for path in plain}})
 
 
 def _stored(adapter: Adapter, store_outer: bool) -> dict[str, dict[str, Factors]]:

@@ -20,8 +20,10 @@ import jax.numpy as jnp
 from lora_mini_jax import linen
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.budget import within
-from lora_mini_jax.data import Batches, Tokenizer, read_glue, read_records
+from lora_mini_jax.data import Batches, Tokenizer, read_glue
+from lora_mini_jax.data.cache import Part, Recipe, cache_folder, prepared
 from lora_mini_jax.data.files import Record
+from lora_mini_jax.data.records import Records, held_out, open_records
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import load_module
@@ -158,31 +160,53 @@ def sites_among(
     return sites
 
 
+def read_rows(options: Finetune, recipe: Recipe) -> tuple[Part, Part]:
+    """Training and held-out rows, from the cache where they are in it.
+
+    Raises:
+        UserError: data that cannot be used; a cache that cannot be written.
+    """
+    cache = cache_folder(options.cache_dir)
+    train, valid = (
+        prepared(records, recipe, source=source, cache=cache, examples=bool(number))
+        for number, (records, source) in enumerate(
+            zip(_streams(options), sources(options), strict=True)
+        )
+    )
+    return train, valid
+
+
 def read_data(options: Finetune) -> tuple[list[Record], list[Record]]:
+    """Training and held-out records, in memory."""
+    glue, valid = options.glue, options.valid or options.data
+    if glue is None or (not options.valid and Path(options.data).is_file()):
+        streams = _streams(options)
+        return list(streams[0]), list(streams[1])
+
+    def records(source: str, split: str, limit: int | None) -> list[Record]:
+        if Path(source).is_file():
+            return list(open_records(source, limit=limit))
+        return read_glue(glue, source, split, limit)
+
+    train = records(options.data, "train", options.max_train_examples)
+    return train, records(valid, "validation", options.max_valid_examples)
+
+
+def _streams(options: Finetune) -> tuple[Records, Records]:
     """Training and held-out records. Without held-out data, the end of the training data."""
-    if not options.data and not options.glue:
+    if not options.data:
         raise UserError("no training data: give --data, a file, folder or hub id")
-    records = _records(options, options.data, "train", options.max_train_examples)
-    has_splits = options.glue and not Path(options.data).is_file()
-    if options.valid or has_splits:
-        held_out = options.valid or options.data
-        return records, _records(options, held_out, "validation", options.max_valid_examples)
-    n = max(1, round(len(records) * HELD_OUT_SHARE))
-    if len(records) < 2:
-        raise UserError(f"{options.data} has one record: give --valid, or more data")
-    return records[:-n], records[-n:][: options.max_valid_examples]
+    train = open_records(options.data, limit=options.max_train_examples)
+    limit = options.max_valid_examples
+    if options.valid:
+        return train, open_records(options.valid, split="validation", limit=limit)
+    return held_out(train, HELD_OUT_SHARE, limit, options.data)
 
 
 def sources(options: Finetune) -> tuple[str, str]:
     """What error messages call the training and the held-out data."""
     train = options.data or f"GLUE's {options.glue}"
     return train, options.valid or train
-
-
-def _records(options: Finetune, source: str, split: str, limit: int | None) -> list[Record]:
-    if options.glue and not Path(source).is_file():
-        return read_glue(options.glue, source, split, limit)
-    return read_records(source, split=split, limit=limit)
 
 
 def check_ids(tokenizer: Tokenizer, vocab_size: int, top: int) -> None:

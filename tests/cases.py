@@ -42,9 +42,10 @@ class Case:
     random: bool = True
 
 
-def _mini(outer_init: Any) -> Case:
-    method = LoRAMini(rank=2, alpha=3.0, a=4, b=5, outer_init=outer_init)
-    return Case(f"lora-mini-{outer_init}", method, lambda n_in, n_out: 2 * (4 + 5))
+def _mini(outer_init: Any, outer: Any = "float32") -> Case:
+    method = LoRAMini(rank=2, alpha=3.0, a=4, b=5, outer_init=outer_init, outer=outer)
+    name = f"lora-mini-{outer_init if outer == 'float32' else outer}"
+    return Case(name, method, lambda n_in, n_out: 2 * (4 + 5))
 
 
 CASES = (
@@ -82,6 +83,8 @@ CASES = (
     _mini("fan_in"),
     _mini("orthogonal"),
     _mini("svd"),
+    _mini("orthogonal", outer="bfloat16"),
+    _mini("fan_in", outer="recompute"),
 )
 
 LAYERS, WIDTH, HIDDEN, HEADS, VOCAB = 2, 16, 24, 2, 20
@@ -93,7 +96,7 @@ LAYOUTS = ("plain", "remat", "scan", "scan+remat", "vmap")
 THOROUGH = {"lora", "dora", "switchlora", "diffora-softmax"}
 # Rows that differ from another in a formula or a draw alone, not in how they meet a model.
 VARIANTS = {"rslora", "lora-mini-normal", "lora-mini-fan_in", "lora-mini-svd", "miss-mini",
-            "diffora-sigmoid", "olora", "lora-mini-diag"}  # fmt: skip
+            "diffora-sigmoid", "olora", "lora-mini-diag", "lora-mini-bfloat16"}  # fmt: skip
 MAIN = tuple(case for case in CASES if case.name not in VARIANTS)
 LAID_OUT = [
     (case, layout)

@@ -1,6 +1,7 @@
 """What must be in the environment before JAX starts: the CPU, and compiling cheaply."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_cou
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Tokenised data goes nowhere near the user's own; child processes are told so too.
+ROWS = tempfile.TemporaryDirectory(prefix="lora-mini-rows-")
+os.environ["LORA_MINI_CACHE"] = ROWS.name
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # The workers are as many as the cores: threads of their own would only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -60,6 +60,26 @@ def test_gradient_factors_are_the_top_singular_vectors_of_the_summed_gradient():
     same_span(right.T, vt[:4].T)
 
 
+def test_the_leading_part_of_a_larger_gradient_is_found_by_thin_products():
+    rng, n_in, n_out, rank = np.random.default_rng(7), 96, 80, 6
+    model = nn.Dense(n_out, use_bias=False)
+    u, v = (np.linalg.qr(rng.normal(size=(n, 40)))[0] for n in (n_in, n_out))
+    gradient = (u * 0.8 ** np.arange(40)) @ v.T  # with x = 1, the loss's own gradient
+    params, x = {"kernel": jnp.zeros((n_in, n_out))}, np.eye(n_in, dtype=np.float32)
+    method = LoRAMini(rank=2, a=rank, b=rank, outer_init="gradient")
+
+    def along(params: Any, adapter: Any, batch: Any, key: Any) -> jax.Array:
+        return (linen.adapt(model)(params, adapter, batch) * gradient).sum()
+
+    drawn = init(params, method, linen.targets(model, params, x))
+    made = calibrate(drawn, params, along, [x]).frozen["kernel"]
+    kept = np.asarray(made["A_aux"]).T @ gradient @ np.asarray(made["B_aux"]).T
+    most = (0.8 ** (2 * np.arange(rank))).sum()
+    assert (kept**2).sum() > 0.999 * most
+    off = kept - np.diag(np.diag(kept))
+    assert np.abs(off).max() < 0.02
+
+
 def test_activation_factors_are_the_main_directions_of_inputs_and_outputs():
     w = np.asarray(PARAMS["kernel"], np.float64)
     x = np.concatenate([x for x, _ in BATCHES]).astype(np.float64)
@@ -84,8 +104,9 @@ def test_the_first_step_of_the_diagonal_is_along_the_gradient():
 @pytest.mark.parametrize(
     "method",
     [LoRAMini(rank=2, a=4, b=5, outer_init="gradient"), LoRAMiniDiag(rank=4),
-     LoRAMini(rank=2, a=4, b=5, outer_init="activation")],
-    ids=["gradient", "diag", "activation"],
+     LoRAMini(rank=2, a=4, b=5, outer_init="activation"),
+     LoRAMini(rank=2, a=4, b=5, outer_init="gradient", outer="bfloat16")],
+    ids=["gradient", "diag", "activation", "bfloat16"],
 )  # fmt: skip
 def test_stacked_layers_get_their_own_factors_and_are_saved(method: Any, layout: str, tmp_path):
     at = setup(layout)

@@ -1,8 +1,11 @@
-"""What a training step is made of: thin products, parameters as arguments, a donated state."""
+"""What a training step is made of: thin products, parameters as arguments, a donated state; and
+that there is one of it, whatever the data."""
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -13,8 +16,17 @@ import optax
 import pytest
 
 from lora_mini_jax import LoRAMini, TrainState, init, linen, make_train_step, merge
+from lora_mini_jax.adapter import draw
+from lora_mini_jax.data import Batches, Example, pack, token_loss
+from lora_mini_jax.loop import fit
+from lora_mini_jax.meter import Meter
+from lora_mini_jax.methods import METHODS
+from lora_mini_jax.runs import RunFolder
+from lora_mini_jax.schedule import of_length, optimizer
+from lora_mini_jax.task import prepare
 from lora_mini_jax.tree import flatten
-from tests.cases import draws, random_params
+from tests.cases import CASES, VOCAB, drawn, draws, random_params, setup
+from tests.runs import options
 
 BATCH, TIME, N_IN, WIDTH, HIDDEN, N_OUT = 3, 7, 20, 24, 44, 9
 METHOD = LoRAMini(rank=1, a=2, b=3)
@@ -211,3 +223,93 @@ def test_only_trained_leaves_have_optimiser_state(loop: Programs):
     trained = [x.shape for x in jax.tree.leaves(loop.adapter.trainable)]
     assert jax.tree.structure(adam) == jax.tree.structure(loop.state().opt_state)
     assert sorted(x.shape for x in leaves) == sorted(2 * trained)
+
+
+COMPILING = "/jax/core/compile/backend_compile_duration"
+LENGTH = 12
+# A case for each method; of variants, the first.
+OF_METHOD = {case.method.name: case for case in reversed(CASES)}
+
+
+@pytest.fixture
+def compiled() -> Iterator[list[str]]:
+    """The names of the programs that JAX compiles, or takes from its cache on the disk."""
+    names: list[str] = []
+
+    def note(event: str, duration_secs: float, **about: Any) -> None:
+        if event == COMPILING:
+            names.append(str(about.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+def ragged(packing: bool) -> Batches:
+    """Examples of every length that fits; the last batch has fewer rows than the others."""
+    rng = np.random.default_rng(0)
+    lengths = [*range(1, LENGTH + 1), 2, 3, 5, 7]
+    examples = [Example(rng.integers(0, VOCAB, n).astype(np.int32), np.arange(n) > 0)
+                for n in lengths]  # fmt: skip
+    batches = Batches(pack(examples, LENGTH, packing=packing), batch_size=3, seed=0)
+    assert len(batches.packed.tokens) % 3
+    return batches
+
+
+def test_every_method_has_a_case():
+    assert OF_METHOD.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("case", OF_METHOD.values(), ids=OF_METHOD)
+def test_one_program_for_all_batches_of_ragged_data(case: Any, compiled: list[str]):
+    at, tx = setup("scan"), optax.adamw(1e-3)
+    apply = linen.adapt(at.model)
+
+    def loss(params: Any, adapter: Any, batch: Any, key: jax.Array) -> jax.Array:
+        total, number = token_loss(apply(params, adapter, batch["tokens"]), batch)
+        return total / jnp.maximum(number, 1)
+
+    step: Any = make_train_step(loss, tx)
+    state = TrainState.create(drawn(case), tx)
+    epochs = [data.batch(i) for data in map(ragged, (True, False)) for i in range(2 * len(data))]
+    assert len(epochs) > 16  # so that the methods that change something in between have done it
+    state, _ = step(state, at.params, epochs[0])
+    assert "step" in " ".join(compiled)
+    compiled.clear()
+    for batch in epochs[1:]:
+        state, metrics = step(state, at.params, batch)
+    assert compiled == []
+    assert np.isfinite(metrics.loss)
+
+
+@pytest.mark.parametrize(("method", "packing"), [("lora-mini", True), ("switchlora", False)])
+def test_a_run_compiles_nothing_after_its_first_step(
+    method: str, packing: bool, compiled: list[str], tmp_path: Path, monkeypatch: Any
+):
+    """Steps, evaluations, lines of the metrics and checkpoints, over two epochs of ragged data."""
+    rows = [{"q": "say" + " again" * (i % 5), "a": "x" * (1 + i % 7)} for i in range(26)]
+    data = tmp_path / "ragged.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = options(
+        tmp_path, data=str(data), method=method, settings=("rank=2",), packing=packing, samples=0,
+        log_every=1, eval_every=2, save_every=3, max_length=48, epochs=2.0,
+        max_steps=None, batch_size=7,
+    )  # fmt: skip
+    task, folder = prepare(given), RunFolder(given)
+    folder.create()
+    assert len(task.train.packed.tokens) % given.batch_size
+    steps, add = 2 * len(task.train), Meter.add
+
+    def noting(self: Meter, *args: Any) -> None:
+        compiled.append("a step is done")
+        add(self, *args)
+
+    monkeypatch.setattr(Meter, "add", noting)
+    sites = of_length(task.sites, steps, given.parsed_settings())
+    adapter = draw(task.params, sites, given.seed)
+    fit(given, folder, task, adapter, optimizer(given, steps, sites), steps, lambda line: None)
+    assert compiled.count("a step is done") == steps > 3
+    first = compiled.index("a step is done")
+    # With the first line of the metrics comes the learning rate's own program, once.
+    second = compiled.index("a step is done", first + 1)
+    assert set(compiled[second:]) == {"a step is done"}

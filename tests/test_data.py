@@ -453,7 +453,7 @@ def test_overlong_examples() -> None:
     assert ([len(example.tokens) for example in kept], skipped, truncated) == ([8, 4], 1, 1)
     with pytest.raises(UserError) as error:
         encoded("error", records[1:])
-    one_line_error(error, "a.csv", "record 1", "12 tokens", "max_length 8", "1 of 2")
+    one_line_error(error, "a.csv", "record 1:", "12 tokens", "max_length 8")
     with pytest.raises(UserError) as error:
         encoded("skip", records[:2])
     one_line_error(error, "a.csv", "none of 2 records", "10 to 12", "max_length 8")

@@ -79,7 +79,7 @@ def test_logits_equal_transformers(oracle):
     got = run(*load(folder), tokens)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, torch_logits(hf, tokens), rtol=1e-4, atol=2e-5)
-    got = run(*load(folder, scan_layers=True, remat=True), tokens, None, valid)
+    got = run(*load(folder, scan_layers=True, remat="full"), tokens, None, valid)
     want, seen = torch_logits(hf, tokens, valid), np.asarray(valid, bool)
     np.testing.assert_allclose(np.asarray(got)[seen], want[seen], rtol=1e-4, atol=2e-5)
 

@@ -144,7 +144,7 @@ def test_outputs_and_saved_folders_equal_transformers(oracles, name, tmp_path):
 @pytest.mark.parametrize("name", ["BertForTokenClassification", "DebertaV2Model"])
 def test_scanned_layers_and_remat_change_nothing(oracles, name, tmp_path):
     own = oracles(name)
-    model, params = load(own.folder, scan_layers=True, remat=True)
+    model, params = load(own.folder, scan_layers=True, remat="full")
     kernel = params["encoder"]["layer"]["intermediate"]["dense"]["kernel"]
     assert kernel.shape == (2, 36, 40)
     close(run(model, params, *own.inputs), own.wanted)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import lora_mini_jax.finetune as module
-from lora_mini_jax import UserError, loop, storage
+from lora_mini_jax import LoRAMini, UserError, loop, storage
 from lora_mini_jax.data import Batches
 from lora_mini_jax.finetune import finetune, total_steps
 from lora_mini_jax.models import load
@@ -54,6 +54,18 @@ def test_the_adapter_of_a_run_loads_and_holds_inner_matrices_only(finished, plac
     assert sum(tensor.size for tensor in stored.values()) == summary["trainable"] == 7 * 2 * 16
     assert all(name.startswith("trainable/") for name in stored)
     assert any(jnp.abs(f["B"]).max() > 0 for f in adapter.trainable.values())
+
+
+def test_with_data_at_hand_outer_factors_come_from_gradients_and_are_saved(place):
+    given = options(place, output_dir=str(place / "data"), settings=("rank=2", "a=8", "b=8"))
+    assert quiet(given)["settings"][0]["outer_init"] == "gradient"
+    stored = load_file(place / "data" / "adapter" / "adapter.safetensors")
+    assert {name.split("/")[0] for name in stored} == {"trainable", "frozen"}
+    assert given.adapter_method() == LoRAMini(2, a=8, b=8, outer_init="gradient")
+    again = dataclasses.replace(given, settings=("rank=2", "outer=recompute"))
+    assert again.adapter_method() == LoRAMini(2, outer="recompute")
+    with pytest.raises(UserError, match=r"down.*a = 40 exceeds 32, all that outer_init gradient"):
+        quiet(dataclasses.replace(given, output_dir=str(place / "wide"), settings=("a=40", "b=16")))
 
 
 def test_the_loss_is_measured_before_and_after(finished, place):

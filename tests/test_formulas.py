@@ -1,6 +1,7 @@
 """Each method written out again in NumPy float64: its update, its gradients and how it starts."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -197,6 +198,49 @@ def test_lora_mini_s_inner_factors_start_uniform_and_zero(outer_init: Any):
     assert not trainable["B"].any()
 
 
+@pytest.mark.parametrize("outer_init", ["normal", "fan_in", "orthogonal"])
+@pytest.mark.parametrize("outer", ["bfloat16", "recompute"])
+def test_outer_factors_are_the_same_draw_however_they_are_kept(outer: Any, outer_init: Any):
+    sizes: Any = {"rank": 2, "alpha": 7.0, "a": 6, "b": 5, "outer_init": outer_init}
+    kernel, trainable, frozen = started(LoRAMini(**sizes), 40, 30)
+    whole = {**draws(trainable, 0.5, 3), **frozen}
+    method = LoRAMini(**sizes, outer=outer)
+    _, _, kept = started(method, 40, 30)
+    own = {**whole, **kept}
+    taken = sum(leaf.nbytes for leaf in kept.values())
+    if outer == "bfloat16":
+        assert 2 * taken == sum(leaf.nbytes for leaf in frozen.values())
+        whole |= {name: leaf.astype(jnp.bfloat16) for name, leaf in frozen.items()}
+    else:
+        assert taken == 16
+    want = LoRAMini(**sizes).merge(kernel, whole)
+    np.testing.assert_allclose(method.merge(kernel, own), want, rtol=1e-5, atol=1e-5)
+    x = draws(jnp.zeros((ROWS, 40)), 1.0, 1)
+    np.testing.assert_allclose(method.delta(x, kernel, own), x @ (want - kernel), atol=1e-4)
+
+
+def test_factors_that_are_drawn_again_are_not_kept_for_the_backward_pass():
+    """Neither is among what the backward pass is given."""
+    kept = {}
+    for outer in ("float32", "recompute"):
+        method: Any = LoRAMini(rank=2, a=6, b=5, outer_init="fan_in", outer=outer)
+        kernel, trainable, frozen = started(method, 40, 30)
+
+        def out(trainable: Any, method: Any, kernel: Any, frozen: Any) -> jax.Array:
+            return method.delta(jnp.ones((7, 40)), kernel, {**frozen, **trainable})
+
+        _, back = jax.vjp(partial(out, method=method, kernel=kernel, frozen=frozen), trainable)
+        kept[outer] = {tuple(leaf.shape) for leaf in jax.tree.leaves(back)}
+    assert {(40, 6), (5, 30)} & kept["float32"]
+    assert not {(40, 6), (5, 30)} & kept["recompute"]
+
+
+@pytest.mark.parametrize("outer_init", ["svd", "gradient", "activation"])
+def test_factors_that_no_key_draws_cannot_be_drawn_again(outer_init: Any):
+    with pytest.raises(UserError, match=f"{outer_init} cannot be drawn .* normal, fan_in, orthog"):
+        LoRAMini(outer_init=outer_init, outer="recompute")
+
+
 @pytest.mark.parametrize(("outer_init", "stds"), [("normal", (1, 1)), ("fan_in", (1 / 16, 1 / 6))])
 def test_outer_factors_have_their_variances(outer_init: Any, stds: tuple[float, float]):
     _, _, frozen = started(LoRAMini(rank=2, a=24, b=36, outer_init=outer_init), 256, 100)
@@ -231,7 +275,7 @@ BAD = [
     {"alpha": float("inf")},
 ]  # fmt: skip
 BAD_MINI = [{"a": 0}, {"b": 0}, {"a": 2.0}, {"rank": 9, "a": 8}, {"rank": 9, "b": 8},
-            {"outer_init": "xavier"}]  # fmt: skip
+            {"outer_init": "xavier"}, {"outer": "float16"}]  # fmt: skip
 
 
 @pytest.mark.parametrize(

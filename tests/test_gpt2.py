@@ -89,7 +89,7 @@ def test_logits_equal_transformers(oracles, case):
     got = run(*read(folder), tokens)
     assert got.dtype == jnp.float32
     close(got, torch_logits(hf, tokens))
-    scanned = run(*read(folder, scan_layers=True, remat=True), tokens, None, jnp.asarray(valid))
+    scanned = run(*read(folder, scan_layers=True, remat="full"), tokens, None, jnp.asarray(valid))
     want = torch_logits(hf, tokens, attention_mask=valid)
     close(np.asarray(scanned)[valid > 0], want[valid > 0])
 
@@ -130,7 +130,7 @@ def test_scanned_layers_and_remat_change_no_gradient(oracles):
         )
 
     plain = grads(*read(folder))
-    scanned = grads(*read(folder, scan_layers=True, remat=True))
+    scanned = grads(*read(folder, scan_layers=True, remat="full"))
     stacked = jax.tree.map(lambda *x: jnp.stack(x), plain.pop("h_0"), plain.pop("h_1"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
                  scanned, plain | {"h": stacked})  # fmt: skip

@@ -30,10 +30,13 @@ from lora_mini_jax.tree import parameters
 from tests.cases import CASES, Case, cross_entropy, draws, random_params, randomised
 from tests.test_laws import close
 
-# One of every class, and the form of one that reads the kernel where the others do not.
+# One of every class, the form of one that reads the kernel where the others do not, and leaves
+# that are keys, or have no entries.
 CHOSEN = {next(c.name for c in CASES if type(c.method) is kind) for kind in METHODS.values()}
 every_method = pytest.mark.parametrize(
-    "case", [c for c in CASES if c.name in CHOSEN | {"miss-bat"}], ids=lambda case: case.name
+    "case",
+    [c for c in CASES if c.name in CHOSEN | {"miss-bat", "lora-mini-recompute"}],
+    ids=lambda case: case.name,
 )
 VOCAB, WIDTH, HEADS, LAYERS, ROWS, LENGTH = 20, 16, 2, 2, 8, 5
 TOKENS = jnp.asarray(np.random.default_rng(3).integers(0, VOCAB, (ROWS, LENGTH)))

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_mini_jax import Adapter, LoRA, LoRAMini, Target, UserError, init, join, load, save, split
 from lora_mini_jax.adapter import draw
+from lora_mini_jax.methods import PiSSA
 from lora_mini_jax.plan import Site
 from lora_mini_jax.sketch import same, sketch
 from tests.cases import by_name, draws, randomised
@@ -231,6 +232,14 @@ def test_a_model_of_other_shapes_is_refused_even_when_allowed(folder):
 def test_a_bfloat16_copy_is_the_same_base(folder):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
     assert same_bits(load(folder, half), make())
+
+
+@pytest.mark.parametrize("method", [LoRAMini(rank=2, a=8, b=8, outer_init="svd"), PiSSA(rank=2)])
+def test_factors_made_of_bfloat16_kernels_are_made_of_them_again(tmp_path, method: Any):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    adapter = init(half, method, TARGETS, 3)
+    save(tmp_path / "half", adapter, half)
+    assert same_bits(load(tmp_path / "half", PARAMS), adapter)
 
 
 @pytest.mark.parametrize(

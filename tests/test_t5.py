@@ -100,7 +100,7 @@ def test_logits_equal_transformers_with_padding_on_either_side(oracles, case):
     got = run(*read(folder), TOKENS, ANSWER, MASK)
     assert got.dtype == jnp.float32
     close(got, want)
-    scanned = run(*read(folder, scan_layers=True, remat=True), TOKENS, ANSWER, MASK, WRITTEN)
+    scanned = run(*read(folder, scan_layers=True, remat="full"), TOKENS, ANSWER, MASK, WRITTEN)
     close(np.asarray(scanned)[WRITTEN > 0], want[WRITTEN > 0])
     assert np.isfinite(scanned).all()
 
@@ -187,7 +187,7 @@ def test_scanned_layers_and_remat_change_no_gradient(oracles):
         return jax.jit(jax.grad(loss))(params)
 
     plain = grads(*read(folder))
-    scanned = grads(*read(folder, scan_layers=True, remat=True))
+    scanned = grads(*read(folder, scan_layers=True, remat="full"))
     for half, depth in (("encoder", 2), ("decoder", 3)):
         layers = [plain[half].pop(f"block_{i}") for i in range(depth)]
         plain[half]["block"] = jax.tree.map(lambda *x: jnp.stack(x), *layers)

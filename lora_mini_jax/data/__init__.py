@@ -2,12 +2,13 @@
 
 The steps, each a plain function: ``read_records`` (files, folders, hub ids), ``load_tokenizer``,
 ``encode_records`` (text, prompt and completion, chat), ``pack`` (many examples to a row) and
-``Batches`` (a pure function from the step to the batch); ``token_loss`` closes the circle. Whole
-text files, for pre-training, come in through ``find_texts`` and ``encode_texts``. Texts with
-labels, for encoders, become rows in ``encode_labelled``; ``read_glue`` reads GLUE's.
+``Batches`` (a pure function from the step to the batch); ``token_loss`` closes the circle. For
+data larger than memory ``cache`` takes the same steps record by record, and keeps the rows on
+disk. Whole text files, for pre-training, come in through ``find_texts`` and ``encode_texts``.
+Texts with labels, for encoders, become rows in ``encode_labelled``; ``read_glue`` reads GLUE's.
 """
 
-from lora_mini_jax.data.batches import Batches, Packed, pack
+from lora_mini_jax.data.batches import Batches
 from lora_mini_jax.data.examples import Encoded, Example, encode_records
 from lora_mini_jax.data.fields import Fields
 from lora_mini_jax.data.glue_files import read_glue
@@ -19,6 +20,7 @@ from lora_mini_jax.data.labels import (
     numbers,
 )
 from lora_mini_jax.data.loss import examples_right, next_tokens, summed, token_loss
+from lora_mini_jax.data.packing import Packed, pack
 from lora_mini_jax.data.records import read_records
 from lora_mini_jax.data.texts import encode_texts, find_texts, hold_out, thinned
 from lora_mini_jax.data.tokenizer import Tokenizer, load_tokenizer

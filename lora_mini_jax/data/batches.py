@@ -1,102 +1,19 @@
-"""Examples to rows of one length, and rows to batches of one shape.
+"""Rows to batches of one shape.
 
-A row holds one example or, packed, as many as fit; ``segment_ids`` tell them apart, for attention
-must not look from one into another. A batch is a pure function of the step, so a run that is
-taken up at step ``n`` sees exactly what it would have seen: there is no state to save.
+A batch is a pure function of the step, so a run that is taken up at step ``n`` sees exactly what it
+would have seen, on however many devices and in however many processes: there is no state to save.
 """
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from lora_mini_jax.data.examples import Example
 from lora_mini_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """Rows of one length. Made by ``pack``.
-
-    Attributes:
-        tokens: (rows, length) int32; 0 on padding.
-        segment_ids: (rows, length) int32; 1, 2, ... for the examples of a row, 0 on padding.
-        positions: (rows, length) int32; from 0 within each example; 0 on padding.
-        loss_mask: (rows, length) bool; whether the prediction of the token counts in the loss.
-    """
-
-    tokens: np.ndarray
-    segment_ids: np.ndarray
-    positions: np.ndarray
-    loss_mask: np.ndarray
-
-
-def pack(examples: Sequence[Example], length: int, *, packing: bool = True) -> Packed:
-    """Rows of ``length`` tokens that hold every example once and whole.
-
-    With ``packing`` the longest examples are placed first, each in the row where it leaves the
-    least room (best fit, decreasing); then the examples of a row, and the rows by their first
-    example, are put in the order given. Without, every example has a row to itself. Either way
-    the same examples give the same rows. The first token of an example never counts in the loss.
-
-    Raises:
-        UserError: no examples, or one that is empty or longer than ``length``.
-
-    Example:
-        >>> one = Example(np.array([5, 6], np.int32), np.array([False, True]))
-        >>> pack([one, one], 5).segment_ids
-        array([[1, 1, 2, 2, 0]], dtype=int32)
-    """
-    lengths = [len(example.tokens) for example in examples]
-    if not lengths:
-        raise UserError("no examples to pack: give at least one")
-    if min(lengths) < 1 or max(lengths) > length:
-        raise UserError(
-            f"examples of {min(lengths)} to {max(lengths)} tokens do not go into rows of {length}: "
-            "give examples of 1 token to a row's length (max_length of encode_records)"
-        )
-    rows = _best_fit(lengths, length) if packing else [[index] for index in range(len(lengths))]
-    packed = Packed(*(np.zeros((len(rows), length), kind) for kind in ("i4", "i4", "i4", bool)))
-    for row, members in enumerate(rows):
-        start = 0
-        for segment, index in enumerate(members, 1):
-            here = (row, slice(start, start + lengths[index]))
-            packed.tokens[here] = examples[index].tokens
-            packed.segment_ids[here] = segment
-            packed.positions[here] = np.arange(lengths[index])
-            packed.loss_mask[here] = examples[index].loss_mask
-            packed.loss_mask[row, start] = False
-            start += lengths[index]
-    return packed
-
-
-def _best_fit(lengths: Sequence[int], length: int) -> list[list[int]]:
-    """The indices of the examples in each row."""
-    rows: list[list[int]] = []
-    rooms: list[int] = []  # The sizes of room there are, ascending; each has rows in `having`.
-    having: dict[int, list[int]] = {}
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        at = bisect_left(rooms, lengths[index])
-        if at == len(rooms):
-            row, room = len(rows), length
-            rows.append([])
-        else:
-            room = rooms[at]
-            row = having[room].pop()
-            if not having[room]:
-                del rooms[at], having[room]
-        rows[row].append(index)
-        left = room - lengths[index]
-        if left and left not in having:
-            insort(rooms, left)
-        if left:
-            having.setdefault(left, []).append(row)
-    return sorted(sorted(members) for members in rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +27,8 @@ class Batches:
 
     Attributes:
         packed: the rows: a `Packed`, or any other dataclass of arrays, ``tokens`` among them, that
-            have a row's entries along their first axis and 0 (or False) for padding.
+            have a row's entries along their first axis and 0 (or False) for padding. They may be
+            on disk (`cache`): nothing but the rows of a batch is read.
         batch_size: rows in a batch, from 1.
         seed: of the order, from 0.
         shuffle: whether to draw a new order for every epoch.
@@ -119,6 +37,7 @@ class Batches:
         UserError: a batch size or a seed out of its range.
 
     Example:
+        >>> from lora_mini_jax.data import Example, pack
         >>> one = Example(np.array([5, 6], np.int32), np.array([False, True]))
         >>> batches = Batches(pack([one] * 3, 2), batch_size=2, seed=0)
         >>> len(batches), batches.batch(1)["segment_ids"].tolist()
@@ -139,11 +58,22 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.packed.tokens) // self.batch_size)
 
-    def batch(self, step: int) -> Batch:
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of a batch's arrays, by name."""
+        arrays = vars(self.packed).items()
+        return {name: (self.batch_size, *array.shape[1:]) for name, array in arrays}
+
+    def batch(self, step: int, part: slice = slice(None)) -> Batch:
         """The batch of a step, counted from 0 over all epochs: step // len(self) is the epoch.
 
+        Args:
+            step: which.
+            part: which of its rows, for who needs not all of them; the others are not read.
+
         Returns:
-            The arrays of ``packed`` by name, each with ``batch_size`` rows, free to change.
+            The arrays of ``packed`` by name, each with ``batch_size`` rows or those of ``part``,
+            free to change.
 
         Raises:
             UserError: ``step`` is below 0.
@@ -152,24 +82,23 @@ class Batches:
             raise UserError(f"step {step} is not allowed: give a whole number from 0")
         epoch, at = divmod(step, len(self))
         rows = len(self.packed.tokens)
-        return self._gather(_order(self.seed, epoch, rows) if self.shuffle else _rows(rows), at)
+        order = _order(self.seed, epoch, rows) if self.shuffle else np.arange(rows)
+        chosen = order[at * self.batch_size : (at + 1) * self.batch_size][part]
+        count = len(range(self.batch_size)[part])
+        batch = {}
+        for name, array in vars(self.packed).items():
+            batch[name] = np.zeros((count, *array.shape[1:]), array.dtype)
+            batch[name][: len(chosen)] = array[chosen]
+        return batch
+
+    @property
+    def in_order(self) -> "Batches":
+        """The same rows in their own order, whatever ``shuffle`` says."""
+        return replace(self, shuffle=False)
 
     def eval_batches(self) -> Iterator[Batch]:
         """All rows once, in their own order, whatever ``shuffle`` says."""
-        for at in range(len(self)):
-            yield self._gather(_rows(len(self.packed.tokens)), at)
-
-    def _gather(self, order: np.ndarray, at: int) -> Batch:
-        chosen = order[at * self.batch_size : (at + 1) * self.batch_size]
-        batch = {}
-        for name, rows in vars(self.packed).items():
-            batch[name] = np.zeros((self.batch_size, *rows.shape[1:]), rows.dtype)
-            batch[name][: len(chosen)] = rows[chosen]
-        return batch
-
-
-def _rows(rows: int) -> np.ndarray:
-    return np.arange(rows)
+        return map(self.in_order.batch, range(len(self)))
 
 
 # Remembered because every step of an epoch asks for it; it is pure, so this is not state.

@@ -14,13 +14,14 @@ bos and eos are those of the tokenizer, where it has them. The first token of a 
 predicted from nothing, so it never counts in the loss.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from lora_mini_jax.data.fields import Fields, conversations, strings
-from lora_mini_jax.data.files import Record
+from lora_mini_jax.data.files import Record, chunks
 from lora_mini_jax.data.tokenizer import Tokenizer
 from lora_mini_jax.errors import UserError
 
@@ -77,50 +78,89 @@ def encode_records(
         >>> encode_records([{"q": "a", "r": "b"}], tokenizer, fields, max_length=8).examples
         [Example(tokens=array([0, 1], dtype=int32), loss_mask=array([False,  True]))]
     """
+    parts = list(
+        encode_stream(
+            records,
+            tokenizer,
+            fields,
+            max_length=max_length,
+            overlong=overlong,
+            source=source,
+        )
+    )
+    examples = [example for part in parts for example in part.examples]
+    return Encoded(examples, sum(p.skipped for p in parts), sum(p.truncated for p in parts))
+
+
+def encode_stream(
+    records: Iterable[Record],
+    tokenizer: Tokenizer,
+    fields: Fields,
+    *,
+    max_length: int,
+    overlong: Overlong = "skip",
+    source: str = "records",
+) -> Iterator[Encoded]:
+    """`encode_records` in parts, of a hundred records or so, so that none is held for long.
+
+    Raises:
+        UserError: as there; that nothing is left shows at the end.
+    """
     if max_length < 2:
         raise UserError(f"max_length {max_length} is not allowed: give a whole number from 2")
     if overlong not in get_args(Overlong):
         raise UserError(f"overlong {overlong!r} is not allowed: give skip, truncate or error")
-    if not records:
+    seen, kept, shortest, longest = 0, 0, sys.maxsize, 0
+    for first, chunk in chunks(records):
+        fields = fields.resolved(chunk[0])  # the first chunk's: from then on they are named
+        sequences = _sequences(chunk, tokenizer, fields, source, first)
+        lengths = [len(sequence.tokens) for sequence in sequences]
+        shortest, longest = min(shortest, *lengths), max(longest, *lengths)
+        part = _fit(sequences, max_length, overlong, source, first)
+        seen, kept = seen + len(chunk), kept + len(part.examples)
+        yield part
+    if not seen:
         raise UserError(f"{source}: no records to encode: give at least one")
-    fields = fields.resolved(records[0])
-    if fields.messages_field is not None:
-        sequences = _chats(records, tokenizer, fields.messages_field, source)
-    elif fields.prompt_field is not None and fields.completion_field is not None:
-        prompts = strings(records, fields.prompt_field, source)
-        completions = strings(records, fields.completion_field, source)
-        prompts = [prompt + fields.separator for prompt in prompts]
-        sequences = _completions(prompts, completions, tokenizer)
-    else:
-        texts = strings(records, fields.text_field or "text", source)
-        sequences = _completions(None, texts, tokenizer)
-    return _fit(sequences, max_length, overlong, source)
-
-
-def _fit(sequences: list[Example], max_length: int, overlong: Overlong, source: str) -> Encoded:
-    lengths = [len(sequence.tokens) for sequence in sequences]
-    long = [index for index, length in enumerate(lengths) if length > max_length]
-    if long and overlong == "error":
+    if not kept:
         raise UserError(
-            f"{source}, record {long[0] + 1}: {lengths[long[0]]} tokens, more than max_length "
-            f"{max_length} (as are {len(long)} of {len(lengths)} records): "
-            "raise max_length, or set overlong to skip or truncate"
+            f"{source}: none of {seen} records gives an example with loss (lengths: "
+            f"{shortest} to {longest} tokens, max_length {max_length}): raise max_length, "
+            "set overlong to truncate, or check the fields"
         )
+
+
+def _sequences(
+    records: Sequence[Record], tokenizer: Tokenizer, fields: Fields, source: str, first: int
+) -> list[Example]:
+    """The records as sequences of any length; ``first`` is the number of the first of them."""
+    if fields.messages_field is not None:
+        return _chats(records, tokenizer, fields.messages_field, source, first)
+    if fields.prompt_field is not None and fields.completion_field is not None:
+        prompts = strings(records, fields.prompt_field, source, first)
+        completions = strings(records, fields.completion_field, source, first)
+        prompts = [prompt + fields.separator for prompt in prompts]
+        return _completions(prompts, completions, tokenizer)
+    texts = strings(records, fields.text_field or "text", source, first)
+    return _completions(None, texts, tokenizer)
+
+
+def _fit(
+    sequences: list[Example], max_length: int, overlong: Overlong, source: str, first: int
+) -> Encoded:
     examples, truncated = [], 0
-    for sequence in sequences:
+    for number, sequence in enumerate(sequences, first):
         cut = len(sequence.tokens) > max_length
+        if cut and overlong == "error":
+            raise UserError(
+                f"{source}, record {number}: {len(sequence.tokens)} tokens, more than max_length "
+                f"{max_length}: raise max_length, or set overlong to skip or truncate"
+            )
         if cut and overlong == "skip":
             continue
         example = Example(sequence.tokens[:max_length], sequence.loss_mask[:max_length])
         if example.loss_mask.any():
             examples.append(example)
             truncated += cut
-    if not examples:
-        raise UserError(
-            f"{source}: none of {len(lengths)} records gives an example with loss (lengths: "
-            f"{min(lengths)} to {max(lengths)} tokens, max_length {max_length}): raise max_length, "
-            "set overlong to truncate, or check the fields"
-        )
     return Encoded(examples, len(sequences) - len(examples), truncated)
 
 
@@ -140,10 +180,10 @@ def _completions(
 
 
 def _chats(
-    records: Sequence[Record], tokenizer: Tokenizer, field: str, source: str
+    records: Sequence[Record], tokenizer: Tokenizer, field: str, source: str, first: int
 ) -> list[Example]:
     examples = []
-    for number, messages in enumerate(conversations(records, field, source), 1):
+    for number, messages in enumerate(conversations(records, field, source, first), first):
         try:
             examples.append(_example(*tokenizer.encode_chat(messages)))
         except UserError as error:

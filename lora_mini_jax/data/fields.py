@@ -63,8 +63,8 @@ class Fields:
         return replace(self, text_field="text")
 
 
-def strings(records: Sequence[Record], field: str, source: str) -> list[str]:
-    """The field's text in every record.
+def strings(records: Sequence[Record], field: str, source: str, first: int = 1) -> list[str]:
+    """The field's text in every record; ``first`` is the number of the first of them.
 
     Raises:
         UserError: a record without the field, or with something else in it than text.
@@ -73,10 +73,10 @@ def strings(records: Sequence[Record], field: str, source: str) -> list[str]:
         >>> strings([{"a": "x"}, {"a": "y"}], "a", "pets.csv")
         ['x', 'y']
     """
-    values = values_of(records, field, source)
-    for number, value in enumerate(values, 1):
+    values = values_of(records, field, source, first)
+    for number, value in enumerate(values, first):
         if not _is_text(value):
-            where = f"{source}, {place(records[number - 1], number)}"
+            where = f"{source}, {place(records[number - first], number)}"
             raise UserError(
                 f"{where}: field {field!r} holds {value!r:.60}, which is no "
                 "text: write a string of valid Unicode, or leave the record out"
@@ -84,8 +84,10 @@ def strings(records: Sequence[Record], field: str, source: str) -> list[str]:
     return values
 
 
-def conversations(records: Sequence[Record], field: str, source: str) -> list[list[Message]]:
-    """The field's list of messages in every record.
+def conversations(
+    records: Sequence[Record], field: str, source: str, first: int = 1
+) -> list[list[Message]]:
+    """The field's list of messages in every record; ``first`` is the number of the first of them.
 
     Raises:
         UserError: a record without the field, or with no list of messages in it that each have a
@@ -95,9 +97,9 @@ def conversations(records: Sequence[Record], field: str, source: str) -> list[li
         >>> conversations([{"m": [{"role": "user", "content": "Hi"}]}], "m", "chats.jsonl")
         [[{'role': 'user', 'content': 'Hi'}]]
     """
-    values = values_of(records, field, source)
-    for number, messages in enumerate(values, 1):
-        where = f"{source}, {place(records[number - 1], number)}"
+    values = values_of(records, field, source, first)
+    for number, messages in enumerate(values, first):
+        where = f"{source}, {place(records[number - first], number)}"
         _check_messages(messages, f"{where}, field {field!r}")
     return values
 
@@ -114,9 +116,9 @@ def _check_messages(messages: Any, where: str) -> None:
                 )
 
 
-def values_of(records: Sequence[Record], field: str, source: str) -> list[Any]:
+def values_of(records: Sequence[Record], field: str, source: str, first: int = 1) -> list[Any]:
     """What the field holds in every record; one without it is a `UserError`."""
-    for number, record in enumerate(records, 1):
+    for number, record in enumerate(records, first):
         if field not in record:
             there = ", ".join(map(str, record)) or "none"
             raise UserError(

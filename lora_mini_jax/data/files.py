@@ -7,14 +7,16 @@ and name the file and, in text files, the line, counted from 1.
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 from lora_mini_jax.errors import UserError
 
 Record = dict[str, Any]
+CHUNK = 128
+"""Records that are tokenised at once."""
 
 _JSON_KINDS = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
 
@@ -52,6 +54,14 @@ class At(dict[str, Any]):
 def place(record: Record, number: int) -> str:
     """Where a record is: its line where its file has lines, else its number from 1."""
     return f"line {record.line}" if isinstance(record, At) else f"record {number}"
+
+
+def chunks(records: Iterable[Record]) -> Iterator[tuple[int, list[Record]]]:
+    """Lists of up to `CHUNK` records, each with the number of its first, from 1."""
+    rest, first = iter(records), 1
+    while chunk := list(islice(rest, CHUNK)):
+        yield first, chunk
+        first += len(chunk)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -4,7 +4,7 @@ The encoder reads ``source eos``, as T5's tokenizer ends every text; the decoder
 eos`` after the one token that starts it. Prompts of records are sources, completions are targets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,8 +12,9 @@ import numpy as np
 
 from lora_mini_jax.data.examples import Overlong
 from lora_mini_jax.data.fields import Fields, strings
-from lora_mini_jax.data.files import Record
+from lora_mini_jax.data.files import Record, chunks
 from lora_mini_jax.data.labels import ROOM
+from lora_mini_jax.data.packing import TOKENS
 from lora_mini_jax.data.tokenizer import Tokenizer
 from lora_mini_jax.errors import UserError
 
@@ -94,38 +95,83 @@ def encode_pairs(
         UserError: no records, records of another form, a field that is missing or holds no text,
             an overlong pair if so asked, or nothing left at all.
     """
+    parts = list(
+        pair_stream(
+            records,
+            tokenizer,
+            fields,
+            start_id=start_id,
+            max_length=max_length,
+            overlong=overlong,
+            source=source,
+        )
+    )
+    pairs = [pair for part in parts for pair in part.examples]
+    return EncodedPairs(pairs, sum(p.skipped for p in parts), sum(p.truncated for p in parts))
+
+
+def pair_stream(
+    records: Iterable[Record],
+    tokenizer: Tokenizer,
+    fields: Fields,
+    *,
+    start_id: int,
+    max_length: int,
+    overlong: Overlong = "skip",
+    source: str = "records",
+) -> Iterator[EncodedPairs]:
+    """`encode_pairs` in parts, of a hundred records or so, so that none is held for long.
+
+    Raises:
+        UserError: as there; that nothing is left shows at the end.
+    """
     if max_length < 2:
         raise UserError(f"max_length {max_length} is not allowed: give a whole number from 2")
-    if not records:
+    seen = kept = 0
+    for first, chunk in chunks(records):
+        fields = fields.resolved(chunk[0])  # the first chunk's: from then on they are named
+        if fields.prompt_field is None or fields.completion_field is None:
+            raise UserError(f"{source}: a model with an encoder learns from pairs of texts, not "
+                            f"from text alone or chats (fields: {', '.join(map(str, chunk[0]))}): "
+                            "name those to use as prompt_field and completion_field")  # fmt: skip
+        prompts = strings(chunk, fields.prompt_field, source, first)
+        completions = strings(chunk, fields.completion_field, source, first)
+        read, end = source_ids(tokenizer, prompts), _end(tokenizer)
+        written = [[start_id, *ids, *end] for ids in tokenizer.encode_batch(completions)]
+        part = _fit(read, written, end, max_length, overlong, source, first)
+        seen, kept = seen + len(chunk), kept + len(part.examples)
+        yield part
+    if not seen:
         raise UserError(f"{source}: no records to encode: give at least one")
-    named = fields.resolved(records[0])
-    if named.prompt_field is None or named.completion_field is None:
-        raise UserError(f"{source}: a model with an encoder learns from pairs of texts, not from "
-                        f"text alone or chats (fields: {', '.join(map(str, records[0]))}): name "
-                        "those to use as prompt_field and completion_field")  # fmt: skip
-    prompts = strings(records, named.prompt_field, source)
-    completions = strings(records, named.completion_field, source)
-    end, pairs, skipped, truncated = _end(tokenizer), [], 0, 0
-    answers = tokenizer.encode_batch(completions)
-    for read, answer in zip(source_ids(tokenizer, prompts), answers, strict=True):
-        written = [start_id, *answer, *end]
+    if not kept:
+        raise UserError(f"{source}: none of {seen} records is a pair of at most max_length "
+                        f"{max_length} tokens: raise max_length, set overlong to truncate, or "
+                        "check the fields")  # fmt: skip
+
+
+def _fit(
+    sources: list[list[int]],
+    targets: list[list[int]],
+    end: list[int],
+    max_length: int,
+    overlong: Overlong,
+    source: str,
+    first: int,
+) -> EncodedPairs:
+    pairs, truncated = [], 0
+    for number, (read, written) in enumerate(zip(sources, targets, strict=True), first):
         cut = max(len(read), len(written)) > max_length
         if cut and overlong == "error":
-            raise UserError(f"{source}: a pair has {len(read)} and {len(written)} tokens, more "
-                            f"than max_length {max_length}: raise max_length, or set overlong to "
-                            "skip or truncate")  # fmt: skip
+            raise UserError(f"{source}, record {number}: a pair has {len(read)} and {len(written)} "
+                            f"tokens, more than max_length {max_length}: raise max_length, or set "
+                            "overlong to skip or truncate")  # fmt: skip
         if (cut and overlong == "skip") or not read or len(written) < 2:
-            skipped += 1
             continue
         truncated += cut
         if len(read) > max_length:
             read = read[: max_length - len(end)] + end
         pairs.append(Pair(np.array(read, np.int32), np.array(written[:max_length], np.int32)))
-    if not pairs:
-        raise UserError(f"{source}: none of {skipped} records is a pair of at most max_length "
-                        f"{max_length} tokens: raise max_length, set overlong to truncate, or "
-                        "check the fields")  # fmt: skip
-    return EncodedPairs(pairs, skipped, truncated)
+    return EncodedPairs(pairs, len(sources) - len(pairs), truncated)
 
 
 def pair_rows(pairs: Sequence[Pair], *, max_length: int, pad_id: int = 0) -> PairRows:
@@ -137,16 +183,36 @@ def pair_rows(pairs: Sequence[Pair], *, max_length: int, pad_id: int = 0) -> Pai
         >>> rows.tokens.tolist(), rows.loss_mask.tolist()
         ([[0, 7, 1, 0]], [[False, True, True, False]])
     """
-    source, source_mask = _padded([pair.source for pair in pairs], max_length, pad_id)
-    tokens, segment_ids = _padded([pair.target for pair in pairs], max_length, pad_id)
-    loss_mask = segment_ids > 0
-    loss_mask[:, 0] = False  # what starts the decoder is given
-    return PairRows(tokens, segment_ids, loss_mask, source, source_mask)
+    lengths = np.array([[len(array) for array in pair] for pair in pairs])
+    (rows,) = pair_chunks(pairs, lengths, max_length=max_length, pad_id=pad_id, at_once=len(pairs))
+    return rows
 
 
-def _padded(rows: Sequence[np.ndarray], most: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def pair_chunks(
+    pairs: Sequence[Pair], lengths: np.ndarray, *, max_length: int, pad_id: int, at_once: int | None
+) -> Iterator[PairRows]:
+    """`pair_rows` in chunks of ``at_once`` rows, by default about `TOKENS` tokens.
+
+    Args:
+        pairs: what is indexed, once and in order.
+        lengths: (pairs, 2), of sources and targets.
+        max_length: as in `pair_rows`.
+        pad_id: what stands after the end.
+        at_once: rows in a chunk; the last may have fewer.
+    """
+    wide, long = (min(max_length, -(-int(most) // ROOM) * ROOM) for most in lengths.max(0))
+    at_once = at_once or max(1, TOKENS // (wide + long))
+    for start in range(0, len(pairs), at_once):
+        some = pairs[start : start + at_once]
+        source, source_mask = _padded([pair.source for pair in some], wide, pad_id)
+        tokens, segment_ids = _padded([pair.target for pair in some], long, pad_id)
+        loss_mask = segment_ids > 0
+        loss_mask[:, 0] = False  # what starts the decoder is given
+        yield PairRows(tokens, segment_ids, loss_mask, source, source_mask)
+
+
+def _padded(rows: Sequence[np.ndarray], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of one length, and 1 where they have a token; (rows, length) int32 both."""
-    length = min(most, -(-max(map(len, rows)) // ROOM) * ROOM)
     tokens = np.full((len(rows), length), pad_id, np.int32)
     mask = np.zeros_like(tokens)
     for i, row in enumerate(rows):

@@ -14,21 +14,51 @@ Hugging Face hub, is read by ``datasets``; there the number of a class becomes i
 which stands for none, ``None``. Nothing here reads pickle or runs a data set's code.
 """
 
+import hashlib
 import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lora_mini_jax.data.files import READERS, OneOf, Record, one_line
+from lora_mini_jax.data.files import CHUNK, READERS, OneOf, Record, one_line
 from lora_mini_jax.errors import UserError
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
+@dataclass(frozen=True, eq=False)
+class Records:
+    """Records that are read anew whenever one goes through them, and never held all at once.
+
+    Attributes:
+        read: begins to read them.
+        told: says what they are as JSON, by content: the same from equal records only.
+    """
+
+    read: Callable[[], Iterator[Record]]
+    told: Callable[[], Any]
+
+    def __iter__(self) -> Iterator[Record]:
+        return self.read()
+
+    @cached_property
+    def count(self) -> int:
+        """How many there are; they are read to know it."""
+        return sum(1 for _ in self)
+
+    @cached_property
+    def content(self) -> Any:
+        """What ``told`` says, asked once."""
+        return self.told()
+
+
 def read_records(
     source: str | Path, *, split: str = "train", limit: int | None = None
 ) -> list[Record]:
-    """The records of a file, a folder or a data set on the hub, in their order.
+    """The records of a file, a folder or a data set on the hub, in their order, as a list.
 
     Args:
         source: a path with an ending of the table above, a folder in the hub's layout, or an
@@ -48,23 +78,66 @@ def read_records(
         >>> read_records(path)
         [{'name': 'Cat', 'says': 'Meow, meow'}]
     """
+    return list(open_records(source, split=split, limit=limit))
+
+
+def open_records(source: str | Path, *, split: str = "train", limit: int | None = None) -> Records:
+    """What `read_records` reads, without holding it in memory; arguments as there.
+
+    A file is told by the SHA-256 of its bytes, a data set by its fingerprint, which ``datasets``
+    makes from its files.
+
+    Raises:
+        UserError: as `read_records`; what is wrong within a file shows while it is read.
+    """
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit} is not allowed: give a whole number from 1, or leave it")
     path = Path(source).expanduser()
     if path.is_dir():
-        records = from_datasets(str(path), split, limit)
-    elif path.exists():
-        records = _from_file(path, limit)
-    elif _is_hub_id(str(source)):
-        records = from_datasets(str(source), split, limit)
-    else:
-        raise UserError(
-            f"no such file or folder: {source}; give a file that ends in {_allowed()}, "
-            "a folder with a data set, or a hub id like owner/name"
-        )
-    if not records:
-        raise UserError(f"{source} holds no records: give a file with at least one")
-    return records
+        return _of_dataset(str(path), split, limit)
+    if path.exists():
+        return _of_file(path, limit)
+    if _is_hub_id(str(source)):
+        return _of_dataset(str(source), split, limit)
+    raise UserError(
+        f"no such file or folder: {source}; give a file that ends in {_allowed()}, "
+        "a folder with a data set, or a hub id like owner/name"
+    )
+
+
+def held_out(
+    records: Records, share: float, limit: int | None, source: str
+) -> tuple[Records, Records]:
+    """``(training, held out)``: the last ``share`` of the records, one at least, is held out.
+
+    ``limit`` keeps only the first so many of those. Where the border is shows when either is read,
+    for all have to be counted.
+
+    Raises:
+        UserError: while reading: a single record, which is called ``source``.
+
+    Example:
+        >>> ten = Records(lambda: iter([{"text": str(i)} for i in range(10)]), lambda: "ten")
+        >>> [len(list(part)) for part in held_out(ten, 0.2, None, "ten")]
+        [8, 2]
+    """
+
+    def border() -> int:
+        if records.count < 2:
+            raise UserError(f"{source} has one record: give --valid, or more data")
+        return records.count - max(1, round(records.count * share))
+
+    def last() -> Iterator[Record]:
+        start = border()
+        return islice(records, start, None if limit is None else start + limit)
+
+    return (
+        Records(
+            lambda: islice(records, border()),
+            lambda: {"but the last": share, "of": records.content},
+        ),
+        Records(last, lambda: {"the last": share, "of": records.content, "limit": limit}),
+    )
 
 
 def _is_hub_id(source: str) -> bool:
@@ -79,27 +152,63 @@ def _allowed() -> str:
     return ", ".join(READERS)
 
 
-def _from_file(path: Path, limit: int | None) -> list[Record]:
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
+def _of_file(path: Path, limit: int | None) -> Records:
+    ending = path.suffix.lower()
+    if ending not in READERS:
         raise UserError(f"cannot tell how to read {path}: give a file that ends in {_allowed()}")
+
+    def read() -> Iterator[Record]:
+        empty = True
+        try:
+            for record in islice(READERS[ending](path), limit):
+                empty = False
+                yield record
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({one_line(error)}): check the file") from error
+        if empty:
+            raise _empty(path)
+
+    return Records(read, lambda: {"sha256": digest(path), "ending": ending, "limit": limit})
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file's bytes.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
-        return list(islice(reader(path), limit))
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {path} ({one_line(error)}): check the file") from error
+
+
+def _empty(source: str | Path) -> UserError:
+    return UserError(f"{source} holds no records: give a file with at least one")
 
 
 def from_datasets(
     name: str, split: str, limit: int | None, config: str | None = None
 ) -> list[Record]:
     """The records of a folder or of a data set on the hub; ``config`` is one of several in it."""
+    return list(_named(_dataset(name, split, limit, config)))
+
+
+def _of_dataset(name: str, split: str, limit: int | None) -> Records:
+    dataset = _dataset(name, split, limit)
+    if not len(dataset):
+        raise _empty(name)
+    return Records(lambda: _named(dataset), lambda: {"data set": dataset._fingerprint})
+
+
+def _dataset(name: str, split: str, limit: int | None, config: str | None = None) -> Any:
     from datasets import load_dataset
 
     # What a data set and the network can raise is an open set, and all of it is the user's to fix.
     try:
         dataset = load_dataset(name, *([config] if config else []), split=split)
-        dataset = dataset.select(range(min(limit or len(dataset), len(dataset))))
-        return _with_names(dataset)
+        return dataset.select(range(min(limit or len(dataset), len(dataset))))
     except Exception as error:
         raise UserError(
             f"cannot load split {split!r} of data set {name}{f', {config}' if config else ''} "
@@ -107,14 +216,16 @@ def from_datasets(
         ) from error
 
 
-def _with_names(dataset: Any) -> list[Record]:
+def _named(dataset: Any) -> Iterator[Record]:
+    """The records of a data set, with the names of classes for their numbers."""
     from datasets import ClassLabel
 
-    records, features = dataset.to_list(), dataset.features
-    for field in (f for f, kind in features.items() if isinstance(kind, ClassLabel)):
-        names = tuple(features[field].names)
-        for record in records:
-            number = record[field]
-            known = number is not None and number >= 0
-            record[field] = OneOf(names, number) if known else None
-    return records
+    classes = {f: tuple(k.names) for f, k in dataset.features.items() if isinstance(k, ClassLabel)}
+    for start in range(0, len(dataset), CHUNK):
+        part = dataset.select(range(start, min(start + CHUNK, len(dataset))))
+        for record in part.to_list():
+            for field, names in classes.items():
+                number = record[field]
+                known = number is not None and number >= 0
+                record[field] = OneOf(names, number) if known else None
+            yield record

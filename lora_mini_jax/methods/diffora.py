@@ -1,8 +1,8 @@
 """DiffoRA (arXiv 2502.08905), reconstructed: a gate per kernel learns which kernels get an adapter.
 
-The authors' code is not public. Theirs are a matrix of layers by modules, relaxed to (0, 1) and
-learned by bi-level optimisation, a selection ratio, and sharing after the choice; how it is
-relaxed, how the data are split and who shares is our reading. Its search is in ``search.py``.
+The paper has a matrix of layers by modules, relaxed to (0, 1) and learned by bi-level optimisation,
+a selection ratio, and sharing after the choice; how it is relaxed, how the data are split and who
+shares is our reading, for there is no public code. Its search is in ``search.py``.
 """
 
 from collections.abc import Mapping
@@ -89,10 +89,10 @@ class DiffoRA(Method):
         if self.dropout not in (0, self.inner.dropout):
             raise UserError(f"dropout is the inner method's: --inner '{name}(dropout=...)'")
 
-    stored = property(lambda self: self.inner.stored)
-    scratch = property(lambda self: self.inner.scratch)
-    needs_data = property(lambda self: self.inner.needs_data)
-    from_data = property(lambda self: self.inner.from_data)
+    stored, scratch, needs_data, gradient_rank, from_data = (
+        property(lambda self, name=name: getattr(self.inner, name))
+        for name in ("stored", "scratch", "needs_data", "gradient_rank", "from_data")
+    )
 
     def init(self, key: jax.Array, kernel: jax.Array) -> tuple[Factors, Factors]:
         trainable, frozen = self.inner.init(key, kernel)

@@ -1,11 +1,13 @@
 """LoRA-Mini (arXiv 2411.15804): LoRA's two matrices split into four, the inner two trained."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax import outer
+from lora_mini_jax import outer as outer_factors
 from lora_mini_jax.checks import require_choice, require_whole
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.low_rank import LowRank
@@ -32,11 +34,17 @@ class LoRAMini(LowRank):
             ``"svd"``: the kernel's top singular vectors. And two of our own, made by `calibrate`
             from some batches and stored with the adapter: ``"gradient"``, the top singular vectors
             of the kernel's gradient, and ``"activation"``, the top principal directions of the
-            layer's inputs and of its outputs.
+            layer's inputs and of its outputs. ``lora-mini finetune`` takes ``"gradient"``, the
+            best of them, unless told otherwise.
+        outer: how the frozen factors are kept. ``"float32"``; ``"bfloat16"``: rounded once, when
+            they are drawn, and the update is that of the rounded ones everywhere;
+            ``"recompute"``: not at all, but drawn again in every call and once more in its
+            backward pass, from 16 bytes. ``"orthogonal"`` ones then take a QR decomposition each
+            time, which is slow; only drawn ones can be, neither ``"svd"`` nor those from data.
 
     Raises:
-        UserError: a size that is not a whole number from 1, a rank above ``a`` or ``b``, or an
-            unknown ``outer_init``.
+        UserError: a size that is not a whole number from 1, a rank above ``a`` or ``b``, an
+            unknown ``outer_init`` or ``outer``, or the two not going together.
 
     Example:
         >>> LoRAMini(rank=4, a=32, b=32).n_trainable(4096, 4096)
@@ -47,7 +55,8 @@ class LoRAMini(LowRank):
 
     a: int = 32
     b: int = 32
-    outer_init: outer.OuterInit = "orthogonal"
+    outer_init: outer_factors.OuterInit = "orthogonal"
+    outer: outer_factors.Kept = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,25 +67,43 @@ class LoRAMini(LowRank):
                 f"rank {self.rank} exceeds min(a, b) = {min(self.a, self.b)}: "
                 "lower rank, or raise a and b"
             )
-        require_choice("outer_init", self.outer_init, outer.OuterInit)
+        require_choice("outer_init", self.outer_init, outer_factors.OuterInit)
+        require_choice("outer", self.outer, outer_factors.Kept)
+        if self.outer == "recompute" and self.outer_init not in outer_factors.DRAWN:
+            raise UserError(
+                f"outer_init {self.outer_init} cannot be drawn again in every call: with outer "
+                f"recompute choose one of {', '.join(outer_factors.DRAWN)}"
+            )
 
     @property
     def needs_data(self) -> bool:
-        return self.outer_init in outer.FROM_DATA
+        return self.outer_init in outer_factors.FROM_DATA
 
     @property
     def stored(self) -> frozenset[str]:
         return frozenset(("A_aux", "B_aux") if self.needs_data else ())
 
     def init(self, key: jax.Array, kernel: jax.Array) -> tuple[Factors, Factors]:
-        *own, inner = jax.random.split(key, 3)
-        a_aux, b_aux = outer.draw(self.outer_init, own, kernel, self.a, self.b)
-        a = uniform(inner, (self.a, self.rank), self.a**-0.5)
+        keys = jax.random.split(key, 3)
+        a = uniform(keys[2], (self.a, self.rank), self.a**-0.5)
         b = jnp.zeros((self.rank, self.b), jnp.float32)
-        return {"A": a, "B": b}, {"A_aux": a_aux, "B_aux": b_aux}
+        if self.outer == "recompute":
+            return {"A": a, "B": b}, outer_factors.seed(keys[:2], kernel)
+        a_aux, b_aux = outer_factors.draw(self.outer_init, keys[:2], kernel, self.a, self.b)
+        return {"A": a, "B": b}, self._rounded({"A_aux": a_aux, "B_aux": b_aux})
 
     def chain(self, factors: Factors) -> tuple[jax.Array, ...]:
-        return factors["A_aux"], factors["A"], self.scale * factors["B"], factors["B_aux"]
+        if self.outer == "recompute":
+            a_aux, b_aux = outer_factors.again(self.outer_init, factors, self.a, self.b)
+        else:
+            a_aux, b_aux = factors["A_aux"], factors["B_aux"]
+        return a_aux, factors["A"], self.scale * factors["B"], b_aux
+
+    def delta(self, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
+        delta = super().delta
+        if self.outer != "float32":  # or the backward pass would keep what is drawn, or widened
+            delta = jax.checkpoint(delta, policy=jax.checkpoint_policies.dots_saveable)
+        return delta(x, kernel, factors)
 
     def n_trainable(self, n_in: int, n_out: int) -> int:
         return self.rank * (self.a + self.b)
@@ -89,11 +116,26 @@ class LoRAMini(LowRank):
         found = super().problems(n_in, n_out)
         for name, side in (("a", n_in), ("b", n_out)):
             if (width := getattr(self, name)) > (most := self._widest(n_in, n_out, side)):
-                found.append(f"{name} = {width} exceeds {most}")
+                wide = f", all that outer_init {self.outer_init} has" if width <= side else ""
+                found.append(f"{name} = {width} exceeds {most}{wide}")
         return found
 
-    def from_data(self, kernel: jax.Array, gradient: jax.Array, moment: jax.Array) -> Factors:
-        return outer.from_data(self.outer_init, kernel, gradient, moment, self.a, self.b)
+    @classmethod
+    def with_data(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        again = settings.get("outer") == "recompute"  # which only drawn factors can be
+        return {} if again else {"outer_init": "gradient"}
+
+    @property
+    def gradient_rank(self) -> int:
+        return max(self.a, self.b) if self.outer_init == "gradient" else 0
+
+    def from_data(self, kernel: jax.Array, seen: Factors) -> Factors:
+        made = outer_factors.from_data(self.outer_init, kernel, seen, self.a, self.b)
+        return self._rounded(made)
+
+    def _rounded(self, factors: Factors) -> Factors:
+        """The frozen factors as they are kept."""
+        return {name: leaf.astype(self.outer) for name, leaf in factors.items()}
 
     def _widest(self, n_in: int, n_out: int, side: int) -> int:
-        return outer.widest(self.outer_init, n_in, n_out, side)
+        return outer_factors.widest(self.outer_init, n_in, n_out, side)

@@ -71,5 +71,9 @@ class LoRAMiniDiag(Product):
     def sized(self, size: int, n_in: int, n_out: int) -> Method:
         return replace(self, rank=min(size, n_in, n_out))
 
-    def from_data(self, kernel: jax.Array, gradient: jax.Array, moment: jax.Array) -> Factors:
-        return outer.from_data(self.outer_init, kernel, gradient, moment, self.rank, self.rank)
+    @property
+    def gradient_rank(self) -> int:
+        return self.rank if self.outer_init == "gradient" else 0
+
+    def from_data(self, kernel: jax.Array, seen: Factors) -> Factors:
+        return outer.from_data(self.outer_init, kernel, seen, self.rank, self.rank)

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_mini_jax.products import matmul
+
 Array = jax.Array
 
 
@@ -37,21 +39,30 @@ def attend(
         >>> attend(x, x[:, :, :2], x[:, :, :2], softcap=30.0).shape
         (1, 3, 4, 8)
     """
-    if softcap is None:
-        return jax.nn.dot_product_attention(
-            q, k, v, bias, mask, scale=scale, is_causal=mask is None
-        )
     batch, time, _, width = q.shape
-    grouped = q.reshape(batch, time, k.shape[2], -1, width)
-    logits = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    logits = softcap * jnp.tanh(logits * (width**-0.5 if scale is None else scale) / softcap)
+    keys, kv_heads = k.shape[1:3]
+    # A group's heads are rows of one matrix, so that keys and values need no copies of theirs.
+    rows = jnp.moveaxis(q.reshape(batch, time, kv_heads, -1, width), 1, 3)
+    rows = rows.reshape(batch, kv_heads, -1, width)
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    logits = jnp.einsum("bkqd,bksd->bkqs", rows, k, preferred_element_type=jnp.float32)
+    logits = logits.reshape(batch, kv_heads, -1, time, keys)
+    logits = logits * (width**-0.5 if scale is None else scale)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
     if bias is not None:
         logits = logits + bias.reshape(bias.shape[0], *logits.shape[1:3], *bias.shape[2:])
     if mask is None:
-        mask = jnp.tril(jnp.ones((1, 1, time, k.shape[1]), bool))
+        mask = jnp.tril(jnp.ones((1, 1, time, keys), bool))
     logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape).astype(q.dtype)
+    # The weights' sum divides the narrow result, not the weights: fewer passes over what grows with
+    # the square of the length, and less of it is kept for the backward pass.
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    total = weights.sum(-1).reshape(batch, kv_heads, -1, 1)
+    weights = weights.reshape(batch, kv_heads, -1, keys).astype(v.dtype)
+    out = matmul(weights, v, preferred_element_type=jnp.float32) / total
+    out = jnp.moveaxis(out.reshape(batch, kv_heads, -1, time, width), 3, 1)
+    return out.reshape(q.shape).astype(q.dtype)
 
 
 def init_cache(

@@ -20,13 +20,14 @@ class Encoder(Part):
         param_dtype: of the parameters made by ``init``.
         scan_layers: one compiled layer run by ``nn.scan``; parameters then sit under
             ``encoder/layer`` with a leading layer axis, in place of ``encoder/layer_0``, ...
-        remat: recompute each layer in the backward pass, for memory; parameters are unchanged.
+        remat: what of a layer is recomputed in the backward pass, for memory: a name of
+            `remat.POLICIES`. Parameters are unchanged.
         drawn: the paths of the parameters that the file did not have, so that
             :func:`lora_mini_jax.models.load` drew them: those to train besides an adapter.
     """
 
     scan_layers: bool = False
-    remat: bool = False
+    remat: str = "none"
     drawn: tuple[str, ...] = ()
     stack: ClassVar[Any] = Stack
     blanks_padding: ClassVar[bool] = False

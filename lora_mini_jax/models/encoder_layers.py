@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.models.activations import ACTIVATIONS
+from lora_mini_jax.models.stack import run_stack
 
 
 class Part(nn.Module):
@@ -123,12 +124,12 @@ class Intermediate(Part):
 
 
 class Layer(Part):
-    """One encoder layer, in the (carry, per-layer) form that ``nn.scan`` wants."""
+    """One encoder layer, as `run_stack` wants it."""
 
     kind: Any = SelfAttention
 
     @nn.compact
-    def __call__(self, x, mask, relative):
+    def __call__(self, x, mask, relative, own):
         x = Attention(*self.args, self.kind, name="attention")(x, mask, relative)
         wide = Intermediate(*self.args, name="intermediate")(x)
         return Residual(*self.args, name="output")(wide, x), None
@@ -138,23 +139,17 @@ class Stack(Part):
     """The layers in their order; parameters under ``layer_0``, ... or, scanned, ``layer``."""
 
     scan_layers: bool = False
-    remat: bool = False
+    remat: str = "none"
     kind: ClassVar[Any] = SelfAttention
 
     @nn.compact
     def __call__(self, x, mask):
         relative = self.relative(x.shape[1])
-        # Inside a scan XLA cannot merge the recomputation away, so the costly barrier can go.
-        layer = nn.remat(Layer, prevent_cse=not self.scan_layers) if self.remat else Layer
-        depth = self.config.num_hidden_layers
-        if self.scan_layers:
-            scanned = nn.scan(
-                layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth,
-                in_axes=(nn.broadcast, nn.broadcast),
-            )  # fmt: skip
-            return scanned(*self.args, self.kind, name="layer")(x, mask, relative)[0]
-        for i in range(depth):
-            x, _ = layer(*self.args, self.kind, name=f"layer_{i}")(x, mask, relative)
+        x, _ = run_stack(
+            Layer, (*self.args, self.kind), x, (mask, relative), None,
+            name="layer", depth=self.config.num_hidden_layers,
+            scan=self.scan_layers, remat=self.remat,
+        )  # fmt: skip
         return x
 
     def relative(self, time: int) -> Any:

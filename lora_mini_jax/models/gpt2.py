@@ -72,11 +72,12 @@ class GPT2(Part):
         param_dtype: of the parameters made by ``init``.
         scan_layers: one compiled layer run by ``nn.scan``; parameters then sit under ``h`` with a
             leading layer axis, in place of ``h_0``, ``h_1``, ...
-        remat: recompute each layer in the backward pass, for memory; parameters are unchanged.
+        remat: what of a layer is recomputed in the backward pass, for memory: a name of
+            `remat.POLICIES`. Parameters are unchanged.
     """
 
     scan_layers: bool = False
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, tokens, positions=None, segment_ids=None, cache=None, *, labels=None):

@@ -80,10 +80,10 @@ def load_decoder_config(path_or_id: str | os.PathLike[str]) -> Any:
     return config
 
 
-def load_module(path_or_id: str | os.PathLike[str]) -> nn.Module:
+def load_module(path_or_id: str | os.PathLike[str], *, scan_layers: bool = False) -> nn.Module:
     """The module that ``config.json`` alone describes; errors as in :func:`load`."""
     family, config = _read_config(resolve(path_or_id))
-    return family.module(config)
+    return family.module(config, scan_layers=scan_layers)
 
 
 def _read_config(folder: Path) -> tuple[Family, Any]:
@@ -109,7 +109,7 @@ def load(
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
     scan_layers: bool = False,
-    remat: bool = False,
+    remat: str = "none",
     revision: str | None = None,
     sharding: Sharding | Callable[[str], Sharding | None] | None = None,
     convert: Callable[[str, jax.Array], Any] | None = None,
@@ -124,7 +124,9 @@ def load(
             ``model.drawn`` lists it. Without ``task`` all must be in the file.
         num_labels, labels: how many classes that head has, or their names; else as in the file.
         seed: of what is drawn.
-        dtype, scan_layers, remat: as in the model's class, :class:`Llama` for one.
+        dtype, scan_layers: as in the model's class, :class:`Llama` for one.
+        remat: what of each layer is recomputed in the backward pass: ``"none"``, ``"dots"``,
+            ``"dots_no_batch"`` or ``"full"``, from the most memory to the least.
         param_dtype: what the weights are cast to, whatever the file holds.
         revision: branch, tag or commit of a hub id.
         sharding: where the parameters go: one sharding for all, or what gives one for a path such

@@ -19,6 +19,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_mini_jax.models.attention import causal_masks
 from lora_mini_jax.models.family import Family
@@ -27,6 +28,7 @@ from lora_mini_jax.models.llama_families import KINDS
 from lora_mini_jax.models.llama_layers import Block, Part
 from lora_mini_jax.models.rotary import Rope, angles
 from lora_mini_jax.models.scoring import scored
+from lora_mini_jax.models.stack import run_stack
 
 
 class Llama(Part):
@@ -38,13 +40,14 @@ class Llama(Part):
         param_dtype: of the parameters made by ``init``.
         scan_layers: one compiled layer run by ``nn.scan``; parameters then sit under ``layers``
             with a leading layer axis, in place of ``layers_0``, ``layers_1``, ...
-        remat: recompute each layer in the backward pass, for memory; parameters are unchanged.
+        remat: what of a layer is recomputed in the backward pass, for memory: a name of
+            `remat.POLICIES`. Parameters are unchanged.
     """
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan_layers: bool = False
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, tokens, positions=None, segment_ids=None, cache=None, *, labels=None):
@@ -74,8 +77,12 @@ class Llama(Part):
         masks, slots = causal_masks(tokens, segment_ids, cache, windows)
         ropes = [_rope(c, slides, positions) for slides in kinds]
         kv = None if cache is None else (cache["k"], cache["v"])
-        which = [kinds.index(slides) for slides in c.sliding]
-        x, kv = self._layers(x, tuple(zip(ropes, masks, strict=True)), start, which, kv)
+        views = tuple(zip(ropes, masks, strict=True))
+        which = np.array([kinds.index(slides) for slides in c.sliding]) if len(kinds) > 1 else None
+        x, kv = run_stack(
+            Block, self.args, x, (views, start), (which, kv),
+            name="layers", depth=c.num_hidden_layers, scan=self.scan_layers, remat=self.remat,
+        )  # fmt: skip
         x = self.norm("norm")(x)
         tied = c.tie_word_embeddings
         head = embed if tied else self.dense("lm_head", c.vocab_size, bias=False)
@@ -92,26 +99,6 @@ class Llama(Part):
             return logits
         length = start + tokens.shape[1]
         return logits, {"k": kv[0], "v": kv[1], "segment_ids": slots, "length": length}
-
-    def _layers(self, x, views, start, which, kv):
-        """Run the blocks, each with its slice of the cache; the slices come back stacked."""
-        # Inside a scan XLA cannot merge the recomputation away, so the costly barrier can go.
-        block = nn.remat(Block, prevent_cse=not self.scan_layers) if self.remat else Block
-        depth = self.config.num_hidden_layers
-        if self.scan_layers:
-            scanned = nn.scan(
-                block, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth,
-                in_axes=(nn.broadcast, nn.broadcast, 0, 0),
-            )  # fmt: skip
-            kinds = jnp.array(which) if len(views) > 1 else None
-            return scanned(*self.args, name="layers")(x, views, start, kinds, kv)
-        after = []
-        for i in range(depth):
-            layer_kv = jax.tree.map(lambda leaf, i=i: leaf[i], kv)
-            layer = block(*self.args, name=f"layers_{i}")
-            x, layer_kv = layer(x, (views[which[i]],), start, None, layer_kv)
-            after.append(layer_kv)
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *after)
 
 
 def _rope(config: LlamaConfig, slides: bool, positions: jax.Array) -> Rope:

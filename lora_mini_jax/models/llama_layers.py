@@ -81,15 +81,15 @@ class MLP(Part):
 
 
 class Block(Part):
-    """One decoder layer, in the (carry, per-layer) form that ``nn.scan`` wants.
+    """One decoder layer, as `run_stack` wants it.
 
-    ``views`` holds what a kind of layer sees, (rope, mask); ``which`` says whose this layer's is,
-    and is None where there is one kind.
+    ``views`` holds what a kind of layer sees, (rope, mask). ``own`` are which of these is this
+    layer's, None where there is one kind, and its slice of the cache.
     """
 
     @nn.compact
-    def __call__(self, x, views, start, which, kv):
-        rope, mask = views[0]
+    def __call__(self, x, views, start, own):
+        (which, kv), (rope, mask) = own, views[0]
         if which is not None:
             rope, mask = jax.tree.map(lambda *leaves: jnp.stack(leaves)[which], *views)
         y = self.norm("input_layernorm")(x)

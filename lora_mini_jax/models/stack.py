@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lora_mini_jax.models.remat import rematted
+
 
 def run_stack(
     block: Any,
@@ -18,7 +20,7 @@ def run_stack(
     name: str,
     depth: int,
     scan: bool,
-    remat: bool,
+    remat: str,
 ) -> tuple[Any, Any]:
     """Run ``depth`` blocks; to be called in a module's compact method, whose children they become.
 
@@ -31,13 +33,12 @@ def run_stack(
         name: parameters are under ``name_0``, ``name_1``, ...; scanned, under ``name``, stacked.
         depth: how many layers.
         scan: one compiled layer run by ``nn.scan``.
-        remat: recompute each layer in the backward pass.
+        remat: what is recomputed in the backward pass, see `remat.rematted`.
 
     Returns:
         The last ``x``, and every layer's ``out`` stacked.
     """
-    # Inside a scan XLA cannot merge the recomputation away, so the costly barrier can go.
-    block = nn.remat(block, prevent_cse=not scan) if remat else block
+    block = rematted(block, remat, scan=scan)
     if scan:
         scanned = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth,

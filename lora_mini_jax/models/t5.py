@@ -37,7 +37,7 @@ class Stack(Part):
 
     decoder: bool
     scan_layers: bool
-    remat: bool
+    remat: str
 
     @nn.compact
     def __call__(self, x, mask, memory=None, memory_mask=None, start=0, own=(None, None)):
@@ -65,13 +65,14 @@ class T5(Part):
         param_dtype: of the parameters made by ``init``.
         scan_layers: one compiled layer of each half run by ``nn.scan``; parameters then sit under
             ``block`` with a leading layer axis, in place of ``block_0``, ``block_1``, ...
-        remat: recompute each layer in the backward pass, for memory; parameters are unchanged.
+        remat: what of a layer is recomputed in the backward pass, for memory: a name of
+            `remat.POLICIES`. Parameters are unchanged.
     """
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan_layers: bool = False
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, tokens, decoder_tokens, mask=None, decoder_mask=None, cache=None):

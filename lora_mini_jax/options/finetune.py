@@ -12,6 +12,7 @@ from lora_mini_jax.spec import split_spec, to_pairs
 
 if TYPE_CHECKING:
     from lora_mini_jax.data import Fields
+    from lora_mini_jax.method import Method
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,14 @@ class Finetune(Training, AdapterOptions, LabelOptions):
     max_valid_examples: int | None = None
     """Read no more than this many held-out records."""
 
+    cache_dir: str = "auto"
+    """Where tokenised data is kept, so that no run tokenises what another has: a folder; auto is
+    $LORA_MINI_CACHE, or lora_mini_jax in $XDG_CACHE_HOME or ~/.cache; none keeps it in memory.
+    Labelled data is in memory always."""
+
+    scan_layers: bool = False
+    """Compile one layer and run it as often as there are layers: deep models compile much sooner,
+    and each step may take a little longer."""
     quantize: Literal["int8", "nf4"] | None = None
     """Keep the base's linear kernels in 8 or 4 bits (needs qwix); saves memory with remat."""
     epochs: float = 2.0
@@ -77,6 +86,14 @@ class Finetune(Training, AdapterOptions, LabelOptions):
         super().__post_init__()
         self.settle(self.eval_every)
         self.record_fields()
+
+    def adapter_method(self) -> "Method":
+        """The method with the given settings, and with what it does better with data at hand."""
+        from lora_mini_jax.methods import from_dict, method_class
+
+        given = self.parsed_settings()
+        with_data = method_class(self.method).with_data(given)
+        return from_dict({**with_data, **given, "method": self.method})
 
     def record_fields(self) -> "Fields":
         """Which fields of a record hold what."""

@@ -59,9 +59,10 @@ class Training(MethodOptions):
     seed: int = 0
     """Fixes the draw, the order of the data and everything else random."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; trained leaves and optimiser state are float32 always."""
-    remat: bool = False
-    """Recompute each layer in the backward pass, to save memory."""
+    """Of the base and the computation; trained leaves and optimiser state are float32 always."""
+    remat: Literal["none", "dots", "dots_no_batch", "full"] = "none"
+    """Recompute parts of each layer in the backward pass, to save memory: all but the results of
+    matrix products (dots), those of attention too (dots_no_batch), or everything (full)."""
     accumulate: int = 1
     """Take every batch in so many parts, one after the other, to save memory."""
     mesh: str = ""

@@ -1,0 +1,112 @@
+"""A row of the benchmark: one compiled training step, what is known of it, and its times."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+
+from lora_mini_jax.flops import dot_flops
+
+COLUMNS: dict[str, tuple[str, float, str]] = {
+    "step_ms": ("step ms", 1, ".1f"), "step_ms_q1": ("q1", 1, ".1f"),
+    "step_ms_q3": ("q3", 1, ".1f"), "tokens_per_s": ("tokens/s", 1, ",.0f"),
+    "floor_ratio": ("x floor", 1, ".2f"), "dot_gflop": ("dot GFLOP", 1, ".2f"),
+    "temp_bytes": ("temp MB", 1e-6, ".1f"), "trainable": ("trained", 1, ",.0f"),
+    "optimiser_bytes": ("optimiser MB", 1e-6, ".2f"), "compile_s": ("compile s", 1, ".1f"),
+    "checkpoint_bytes": ("checkpoint MB", 1e-6, ".2f"), "save_ms": ("save ms", 1, ".0f"),
+}  # fmt: skip
+"""The printed columns: ``{key: (heading, factor, format)}``; what a row does not know is blank."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The model, the batch and the adapters' sizes; ``--quick`` lowers the defaults."""
+
+    quick: bool = False
+    json: Path | None = None
+    """Where to write the rows; its folder is made."""
+    layers: int = 8
+    width: int = 1024
+    """Of the activations; heads are 64 wide."""
+    ff: int = 4096
+    vocab: int = 4096
+    length: int = 512
+    batch: int = 2
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation and the frozen weights; what is trained stays float32."""
+    rounds: int = 20
+    rank: int = 8
+    inner: int = 64
+    """LoRA-Mini's a and b."""
+    methods: tuple[str, ...] = ()
+    """More rows, each a method and its settings: miss:rank=64 lora:rank=36 dora."""
+    rivals: bool = False
+    """More rows: LoRA by qwix on the same model; LoRA, MiSS and full fine-tuning by PEFT and
+    PyTorch on the same weights."""
+
+
+@dataclass
+class Row:
+    """One way to train, compiled: ``program(state, params, tokens) -> (state, out)``."""
+
+    name: str
+    program: Any
+    state: Any
+    facts: dict[str, float]
+    times: list[float] = field(default_factory=list)
+    """Milliseconds, one a round."""
+
+    def step(self, params: Any, tokens: jax.Array) -> None:
+        """Take one step, and note the time until the last of its results is there."""
+        started = time.perf_counter()
+        self.state, out = self.program(self.state, params, tokens)
+        jax.block_until_ready((self.state, out))
+        self.times.append(1e3 * (time.perf_counter() - started))
+
+
+def loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Mean cross entropy of the next token."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def compiled(name: str, step: Any, args: tuple, trained: Any = (), moments: Any = ()) -> Row:
+    """The row of a jitted step: compiled ahead, with what can be known before it runs."""
+    started = time.perf_counter()
+    traced = step.trace(*args)
+    program = traced.lower().compile()
+    facts = {
+        "dot_gflop": dot_flops(traced.jaxpr) / 1e9,
+        "temp_bytes": program.memory_analysis().temp_size_in_bytes,
+        "trainable": sum(leaf.size for leaf in jax.tree.leaves(trained)),
+        "optimiser_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(moments)),
+        "compile_s": time.perf_counter() - started,
+    }
+    return Row(name, program, args[0], facts)
+
+
+def summary(row: Any, floor_times: Sequence[float], tokens: int) -> dict[str, Any]:
+    """Medians and quartiles, of ``tokens`` in a step; the ratio is taken round by round, where the
+    noise was the same."""
+    low, mid, high = np.quantile(row.times, (0.25, 0.5, 0.75)).tolist()
+    ratio = float(np.median(np.divide(row.times, floor_times)))
+    times = {"step_ms": mid, "step_ms_q1": low, "step_ms_q3": high, "floor_ratio": ratio}
+    return {"name": row.name, **times, "tokens_per_s": 1e3 * tokens / mid, **row.facts}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as aligned text."""
+    lines = [["", *(heading for heading, _, _ in COLUMNS.values())]]
+    for row in rows:
+        cells = (
+            f"{row[key] * factor:{style}}" if key in row else ""
+            for key, (_, factor, style) in COLUMNS.items()
+        )
+        lines.append([row["name"], *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ([c.rjust(w) for c, w in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(line) for line in padded)

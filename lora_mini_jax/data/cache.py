@@ -1,0 +1,212 @@
+"""Rows that are made once: tokenised, packed and kept on disk, known by what they are made of.
+
+An entry is a folder whose name is a hash: of the data's bytes, of the tokenizer's files, and of
+every setting that has a say. It is written under a temporary name and renamed when it is complete,
+so what has an entry's name is whole, and of several processes that make one the first wins. In it:
+
+- ``rows.arrow``: the rows that `Batches` reads, each array a column (`arrow`);
+- ``examples.arrow``: the examples, of held-out data only, for prompts are taken from them;
+- ``meta.json``: how many were left out or cut, the largest token, and what the hash is of.
+
+Nothing is ever read by halves or trusted by its date, so entries, and what a killed build left
+behind (``.*.tmp``), may be deleted at any time.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_mini_jax.data.arrow import Examples, read_rows, write_examples, write_rows
+from lora_mini_jax.data.records import Records, digest
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.files import read_object, writes, writing
+from lora_mini_jax.processes import together
+
+FORMAT = 1
+"""Of the entries, and of everything that makes them: a change to either makes new ones."""
+_READ_BY_TOKENIZERS = (".json", ".jinja", ".model", ".txt")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How records become rows.
+
+    Attributes:
+        encode: ``encode(records, source=...)`` gives parts with ``examples``, ``skipped`` and
+            ``truncated``.
+        rows: ``rows(examples, lengths, at_once=...)`` gives a dataclass of arrays for every so many
+            rows; ``lengths`` is (examples, arrays of each) int32.
+        example: the class of an example, a named tuple of arrays.
+        row: the class of the rows.
+        settings: what else has a say, as JSON.
+        tokenizer: the folder of the tokenizer.
+    """
+
+    encode: Callable[..., Iterator[Any]]
+    rows: Callable[..., Iterator[Any]]
+    example: type
+    row: type
+    settings: Any
+    tokenizer: Path
+
+
+class Part(NamedTuple):
+    """Training or held-out data, made."""
+
+    rows: Any
+    examples: Sequence[Any]
+    skipped: int
+    truncated: int
+    top: int
+    """The largest token id."""
+
+
+def cache_folder(option: str) -> Path | None:
+    """Where entries are: a folder, nowhere for ``"none"``, and for ``"auto"`` ``$LORA_MINI_CACHE``,
+    or else ``lora_mini_jax`` among the user's caches.
+
+    Example:
+        >>> cache_folder("none"), cache_folder("/data/rows").name
+        (None, 'rows')
+    """
+    if option == "none":
+        return None
+    if option == "auto":
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        option = os.environ.get("LORA_MINI_CACHE") or f"{home}/lora_mini_jax"
+    return Path(option).expanduser()
+
+
+def prepared(
+    records: Records, recipe: Recipe, *, source: str, cache: Path | None, examples: bool = False
+) -> Part:
+    """The rows of the records: from the cache where they are there, else made, and kept there.
+
+    Making them needs no more memory than a hundred records or so and their rows, and a few bytes
+    for each example. Of several processes the first makes them and the others wait for it; where
+    they do not share its disk they then make their own.
+
+    Args:
+        records: what to read.
+        recipe: what to do with them.
+        source: what error messages call them.
+        cache: a folder for entries; None keeps rows and examples in memory.
+        examples: whether the examples are wanted too; without a cache they are there always.
+
+    Raises:
+        UserError: records that cannot be used; a folder that cannot be written; a full disk.
+    """
+    if cache is None:
+        return _in_memory(records, recipe, source)
+    key = {
+        "format": FORMAT,
+        "data": records.content,
+        "tokenizer": _tokenizer(recipe.tokenizer),
+        "settings": recipe.settings,
+        "examples": examples,
+    }
+    named = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    entry = cache / named[:40]
+    try:
+        if writes() and not entry.exists():
+            _make(entry, key, records, recipe, source)
+    finally:  # whatever happened, for the others wait
+        together("rows made")
+    if not entry.exists():
+        _make(entry, key, records, recipe, source)
+    return _opened(entry, recipe)
+
+
+def _tokenizer(folder: Path) -> dict[str, str]:
+    """What a tokenizer is made of: everything in its folder that it might read."""
+    files = (f for f in folder.iterdir() if f.suffix in _READ_BY_TOKENIZERS and f.is_file())
+    return {"tokenizers": version("tokenizers")} | {file.name: digest(file) for file in files}
+
+
+class _Tally:
+    """What is noted of the examples while they go by."""
+
+    def __init__(self) -> None:
+        self.skipped = self.truncated = self.top = 0
+        self._lengths = array("i")
+
+    def examples(self, parts: Iterable[Any]) -> Iterator[Any]:
+        """The examples of all parts."""
+        for part in parts:
+            self.skipped += part.skipped
+            self.truncated += part.truncated
+            for example in part.examples:
+                self._lengths.extend(map(len, example))
+                ids = (int(a.max()) for a in example if a.dtype != bool)
+                self.top = max(self.top, *ids)
+                yield example
+
+    def lengths(self, arrays: int) -> np.ndarray:
+        """(examples, arrays of each)."""
+        return np.frombuffer(self._lengths, np.intc).reshape(-1, arrays)
+
+    def counts(self) -> dict[str, int]:
+        """What is kept of it."""
+        return {"skipped": self.skipped, "truncated": self.truncated, "top": self.top}
+
+
+def _in_memory(records: Records, recipe: Recipe, source: str) -> Part:
+    tally = _Tally()
+    examples = list(tally.examples(recipe.encode(records, source=source)))
+    lengths = tally.lengths(len(examples[0]))
+    (rows,) = recipe.rows(examples, lengths, at_once=len(examples))
+    return Part(rows, examples, **tally.counts())
+
+
+def _make(entry: Path, key: dict[str, Any], records: Records, recipe: Recipe, source: str) -> None:
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.mkdtemp(dir=entry.parent, prefix=f".{entry.name}.", suffix=".tmp")
+    except OSError as error:
+        raise UserError(
+            f"cannot keep rows in {entry.parent} ({error.strerror}): give --cache-dir a folder "
+            "that can be written, or none to keep them in memory"
+        ) from None
+    folder = Path(temporary)
+    try:
+        with writing(entry):
+            _fill(folder, key, records, recipe, source)
+            try:
+                folder.rename(entry)
+            except OSError:  # another has made it in the meantime
+                if not entry.exists():
+                    raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fill(folder: Path, key: dict[str, Any], records: Records, recipe: Recipe, source: str) -> None:
+    """Twice over the data: records to examples, and examples to rows, which need all lengths."""
+    tally, path = _Tally(), folder / "examples.arrow"
+    write_examples(path, tally.examples(recipe.encode(records, source=source)))
+    examples = Examples(path, recipe.example)
+    lengths = tally.lengths(len(examples[0]))
+    write_rows(folder / "rows.arrow", recipe.rows(examples, lengths, at_once=None))
+    if not key["examples"]:
+        path.unlink()
+    (folder / "meta.json").write_text(json.dumps(tally.counts() | {"made_of": key}, indent=2))
+
+
+def _opened(entry: Path, recipe: Recipe) -> Part:
+    meta = read_object(entry / "meta.json")
+    path = entry / "examples.arrow"
+    return Part(
+        read_rows(entry / "rows.arrow", recipe.row),
+        Examples(path, recipe.example) if path.exists() else (),
+        *(meta[name] for name in ("skipped", "truncated", "top")),
+    )

@@ -1,0 +1,38 @@
+"""What a layer keeps for the backward pass, by name; what it does not keep is computed again."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+
+from lora_mini_jax.checks import require_choice
+
+Remat = Literal["none", "dots", "dots_no_batch", "full"]
+"""From the most memory to the least. ``"none"``: all is kept. ``"dots"``: the results of matrix
+products. ``"dots_no_batch"``: those of linear layers alone, and not the attention's scores, which
+grow with the square of the length. ``"full"``: nothing but the layer's input."""
+POLICIES: dict[str, Callable[..., Any] | None] = {
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
+"""What `jax.checkpoint` is told, for every name but ``"none"``."""
+
+
+def rematted(block: Any, remat: str, *, scan: bool) -> Any:
+    """The class of a layer, so that it keeps no more than ``remat`` says.
+
+    Args:
+        block: a module's class.
+        remat: one of `Remat`.
+        scan: whether ``nn.scan`` runs it. XLA cannot merge the recomputation away in a loop, so
+            the costly barrier against that can go.
+
+    Raises:
+        UserError: another name.
+    """
+    require_choice("remat", remat, Remat)
+    if remat == "none":
+        return block
+    return nn.remat(block, prevent_cse=not scan, policy=POLICIES[remat])

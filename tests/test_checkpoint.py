@@ -1,0 +1,178 @@
+"""Saving while training goes on: what is saved, when it is there, and what a bad disk does."""
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from lora_mini_jax import LoRA, TrainState, UserError, init
+from lora_mini_jax.checkpoint import Checkpoints
+from lora_mini_jax.tree import Target
+
+TX = optax.adam(1e-2)
+
+
+def fresh(n_in: int = 6) -> TrainState:
+    target = Target("dense/kernel", (n_in, 4))
+    params = {"dense": {"kernel": np.ones(target.shape, np.float32)}}
+    return TrainState.create(init(params, LoRA(rank=2), [target]), TX)
+
+
+@partial(jax.jit, donate_argnums=0)
+def plus_one(state: Any) -> Any:
+    """A step of training: it takes the buffers of the state that it is given."""
+    return jax.tree.map(lambda leaf: leaf + 1, state)
+
+
+class Gate:
+    """Writing that waits until it is let through."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.open, self._save = threading.Event(), checkpoints._manager.save
+        checkpoints._manager.save = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        assert self.open.wait(60)
+        self._save(*args, **kwargs)
+
+
+def held(state: Any) -> list[np.ndarray]:
+    """What a checkpoint holds, copied."""
+    trained = state.step, state.key, state.adapter.trainable, state.opt_state
+    return [np.array(leaf) for leaf in jax.tree.leaves(trained)]
+
+
+def same(a: list[np.ndarray], b: list[np.ndarray]) -> None:
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def on_disk(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_training_goes_on_while_a_state_is_written(tmp_path):
+    state = plus_one(fresh())
+    with Checkpoints(tmp_path) as checkpoints:
+        gate, then = Gate(checkpoints), held(state)
+        checkpoints.save(state)
+        state = plus_one(plus_one(state))
+        assert on_disk(tmp_path) == set()
+        assert checkpoints.latest() is None
+        gate.open.set()
+        same(held(checkpoints.restore(fresh())), then)  # which waits for what is being written
+        checkpoints.save(state)
+    assert on_disk(tmp_path) == {"1", "3"}
+    with Checkpoints(tmp_path) as checkpoints:
+        same(held(checkpoints.restore(fresh())), held(state))
+
+
+def test_at_most_one_save_is_under_way(tmp_path):
+    states = [plus_one(fresh()), plus_one(plus_one(fresh()))]
+    with Checkpoints(tmp_path) as checkpoints:
+        gate = Gate(checkpoints)
+        checkpoints.save(states[0])
+        threading.Timer(0.3, gate.open.set).start()
+        checkpoints.save(states[1])
+        assert on_disk(tmp_path) >= {"1"}
+
+
+@pytest.fixture
+def uncaught(monkeypatch) -> list[Any]:
+    """What threads left to Python to print."""
+    found: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", found.append)
+    return found
+
+
+def full(*args: Any, **kwargs: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_one_line_at_the_next_save(tmp_path, uncaught, capfd):
+    state = plus_one(fresh())
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        checkpoints.wait()
+        checkpoints._manager.save = full
+        checkpoints.save(plus_one(state))
+        with pytest.raises(UserError, match=r"the disk is full: .* unchanged"):
+            checkpoints.save(state)
+    assert on_disk(tmp_path) == {"1"}
+    assert uncaught == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_folder_that_is_gone_is_one_line_at_the_end(tmp_path, uncaught, capfd):
+    folder = tmp_path / "checkpoints"
+
+    def train() -> None:
+        with Checkpoints(folder) as checkpoints:
+            folder.rmdir()
+            folder.write_text("in the way")
+            checkpoints.save(plus_one(fresh()))
+
+    with pytest.raises(UserError, match=r"cannot write .*checkpoints"):
+        train()
+    assert uncaught == []
+    assert capfd.readouterr() == ("", "")
+
+
+REFUSED = """
+import resource, signal
+from tests.test_checkpoint import Checkpoints, fresh, plus_one
+with Checkpoints("checkpoints") as checkpoints:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+    checkpoints.save(plus_one(fresh(20000)))
+    try:
+        checkpoints.wait()
+    except Exception as error:
+        print(error)
+"""
+
+
+def test_what_the_disk_refuses_is_printed_by_no_thread(tmp_path):
+    """A real refusal, deep in the threads of Orbax and TensorStore: files may have 20 kB."""
+    home = str(Path(__file__).parents[1])
+    run = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True,
+                         cwd=tmp_path, env={**os.environ, "PYTHONPATH": home})  # fmt: skip
+    assert "File too large" in run.stdout
+    assert run.stderr == ""
+    assert not any(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())
+
+
+def interrupted(folder: Path, save: Any) -> None:
+    """Training that is stopped while ``save(checkpoints)`` has begun something."""
+    with Checkpoints(folder) as checkpoints:
+        save(checkpoints)
+        raise KeyboardInterrupt
+
+
+def test_what_went_wrong_before_a_save_did_is_what_is_said(tmp_path):
+    def save(checkpoints: Checkpoints) -> None:
+        checkpoints._manager.save = full
+        checkpoints.save(plus_one(fresh()))
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path, save)
+
+
+def test_an_interrupted_run_keeps_what_it_was_saving(tmp_path):
+    def save(checkpoints: Checkpoints) -> None:
+        gate = Gate(checkpoints)
+        checkpoints.save(plus_one(fresh()))
+        threading.Timer(0.3, gate.open.set).start()
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path, save)
+    assert on_disk(tmp_path) == {"1"}
