@@ -75,6 +75,8 @@ def measure(options: Options) -> list[dict[str, Any]]:
     for row in tqdm(made, "compile", unit="row"):
         row.step(params, tokens)
         row.times.clear()
+        if isinstance(row, Row) and isinstance(row.state, lmj.TrainState):
+            row.facts |= saving(row.state)
         rows.append(row)
     for turn in tqdm(range(options.rounds), "measure", unit="round"):
         # Another order each round, so that no row always finds the cache that the same one left.
@@ -95,10 +97,7 @@ def build(options: Options, model: Any, params: Any, tokens: jax.Array) -> Itera
 
         state = lmj.TrainState.create(lmj.init(params, method, targets), tx)
         step, trained = lmj.make_train_step(loss_fn, tx), state.adapter.trainable
-        saved = saving(state)
-        row = compiled(name, step, (state, params, tokens), trained, state.opt_state)
-        row.facts |= saved
-        return row
+        return compiled(name, step, (state, params, tokens), trained, state.opt_state)
 
     def merged(params: Any, adapter: lmj.Adapter, tokens: jax.Array) -> Any:
         return model.apply({"params": lmj.merge(params, adapter)}, tokens)

@@ -16,7 +16,7 @@ from lora_mini_jax.options import Inspect
 
 HERE = Path(__file__).parent
 LEFT_OUT = ("llama-3-70b",)
-METHODS = {"lora": ("rank=16",), "lora-mini": ("rank=16", "a=32", "b=32")}
+METHODS = {"lora": ("rank=16",), "lora-mini": ("rank=16", "a=32", "b=32", "outer_init=orthogonal")}
 TARGETS = {
     "q, k, v": r"(^|/)(q|k|v|query|key|value)(_proj)?/kernel$",
     "all-linear": "all-linear",

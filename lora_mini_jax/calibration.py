@@ -104,9 +104,14 @@ def _turned(probes: Adapter, found: Any, turn: Any) -> dict[str, Factors]:
     for site in probes.sites:
         if isinstance(site.method, _Gradient):
             path = site.target.path
-            one = jax.jit(over_lead(turn, len(site.target.lead)))
-            turned[path] = one(probes.trainable[path], found[path])
+            lead = len(site.target.lead)
+            turned[path] = _turn(turn, lead, probes.trainable[path], found[path])
     return turned
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _turn(turn: Any, lead: int, thin: Factors, found: Factors) -> Factors:
+    return over_lead(turn, lead)(thin, found)
 
 
 def _orthonormal(thin: Factors, found: Factors) -> Factors:

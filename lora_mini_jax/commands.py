@@ -31,12 +31,11 @@ def run_generate(options: Generate, say: Log = print) -> list[str]:
     if answers and (options.temperature, options.top_p) != (0, 1):
         raise UserError("a T5 answers with the likeliest tokens only: leave --temperature and "
                         "--top-p out")  # fmt: skip
+    given = options.adapter
+    model, params = load(folder) if given is None else load_for(given, folder)
     tokenizer = load_tokenizer(folder)
     adapter: Adapter | None = None
-    if options.adapter is None:
-        model, params = load(folder)
-    else:
-        model, params = load_for(options.adapter, folder)
+    if options.adapter is not None:
         allow = options.allow_different_base
         adapter = storage.load(options.adapter, params, allow_different_base=allow)
     write = _answers if answers else _continuations

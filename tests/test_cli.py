@@ -46,7 +46,8 @@ def test_help_needs_no_jax():
 def test_options_beside_a_config_file_win(place):
     given = parse(["finetune", "--config", str(place / "config.json"), "--rank", "1"])
     assert isinstance(given, Finetune)
-    assert given.parsed_settings() == {"rank": 1, "a": 8, "b": 8}
+    drawn = {"outer_init": "orthogonal"}
+    assert given.parsed_settings() == {"rank": 1, "a": 8, "b": 8} | drawn
 
 
 def test_a_saved_config_gives_the_same_options(place):
@@ -58,7 +59,11 @@ def test_a_saved_config_gives_the_same_options(place):
 def test_inspect_lists_every_kernel_and_writes_nothing(place, capsys):
     before = sorted(place.rglob("*"))
     model = place / "model"
-    main(["inspect", "--model", str(model), "--rank", "2", "--a", "8", "--b", "8", "--json"])
+    sizes = ["--model", str(model), "--rank", "2", "--a", "8", "--b", "8", "--json"]
+    main(["inspect", *sizes])  # as finetune takes it: the outer factors come from data
+    report = json.loads(capsys.readouterr().out)
+    assert report["frozen_saved"] == report["frozen_outer"] > 0
+    main(["inspect", *sizes, "--outer-init", "orthogonal"])
     report = json.loads(capsys.readouterr().out)
     assert len(report["kernels"]) == 7
     assert report["trainable"] == 7 * 2 * 16 == sum(k["trained"] for k in report["kernels"])

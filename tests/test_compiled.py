@@ -282,7 +282,7 @@ def test_one_program_for_all_batches_of_ragged_data(case: Any, compiled: list[st
     assert np.isfinite(metrics.loss)
 
 
-@pytest.mark.parametrize(("method", "packing"), [("lora-mini", True), ("switchlora", False)])
+@pytest.mark.parametrize(("method", "packing"), [("lora", True), ("switchlora", False)])
 def test_a_run_compiles_nothing_after_its_first_step(
     method: str, packing: bool, compiled: list[str], tmp_path: Path, monkeypatch: Any
 ):

@@ -9,7 +9,7 @@ import pytest
 from lora_mini_jax import TrainState, init, make_train_step, sharding
 from lora_mini_jax.collectives import collectives
 from lora_mini_jax.footprint import AS_ON_ACCELERATORS, footprint
-from lora_mini_jax.methods import LoRAMini, SwitchLoRA
+from lora_mini_jax.methods import LoRA, LoRAMini, SwitchLoRA
 from tests.test_sharding import TOKENS, loss_of, made, on_mesh
 
 
@@ -42,7 +42,7 @@ def test_bytes_of_arguments_and_exchanges_are_those_of_the_real_step(method: Any
 
 def test_flops_are_those_of_the_products_of_all_rows():
     model, params, targets = made()
-    mesh, method = sharding.make_mesh("data=8"), LoRAMini(rank=2, a=4, b=4)
+    mesh, method = sharding.make_mesh("data=8"), LoRA(rank=2)  # no products of factors alone
     adapter = init(params, method, targets)
 
     def flops(rows: int) -> int:

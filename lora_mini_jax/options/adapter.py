@@ -67,6 +67,15 @@ class AdapterOptions(MethodOptions):
             raise UserError("--budget must be a whole number from 1, and goes without --overrides")
         self.parsed_overrides()
 
+    def adapter_method(self) -> "Method":
+        """The method with the given settings, and with what it does better where there is data to
+        train on."""
+        from lora_mini_jax.methods import from_dict, method_class
+
+        given = self.parsed_settings()
+        with_data = method_class(self.method).with_data(given)
+        return from_dict({**with_data, **given, "method": self.method})
+
     def parsed_overrides(self) -> dict[str, dict[str, Any]]:
         """``overrides`` as a dict of dicts."""
         try:

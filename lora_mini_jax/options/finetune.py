@@ -12,7 +12,6 @@ from lora_mini_jax.spec import split_spec, to_pairs
 
 if TYPE_CHECKING:
     from lora_mini_jax.data import Fields
-    from lora_mini_jax.method import Method
 
 
 @dataclass(frozen=True)
@@ -86,14 +85,6 @@ class Finetune(Training, AdapterOptions, LabelOptions):
         super().__post_init__()
         self.settle(self.eval_every)
         self.record_fields()
-
-    def adapter_method(self) -> "Method":
-        """The method with the given settings, and with what it does better with data at hand."""
-        from lora_mini_jax.methods import from_dict, method_class
-
-        given = self.parsed_settings()
-        with_data = method_class(self.method).with_data(given)
-        return from_dict({**with_data, **given, "method": self.method})
 
     def record_fields(self) -> "Fields":
         """Which fields of a record hold what."""
