@@ -6,7 +6,7 @@ the adapter, because no key draws them again.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import jax
@@ -57,7 +57,8 @@ def calibrate(
     kernels, frozen = matrices(params, [site.target for site in sites]), dict(adapter.frozen)
     for site in sites:
         path = site.target.path
-        frozen[path] = _make(site.method, len(site.target.lead), kernels[path], found[path])
+        made = _make(site.method, len(site.target.lead), kernels[path], found[path])
+        frozen[path] = jax.block_until_ready(made)  # one program at a time, see `_summed_gradient`
     return replace(adapter, frozen=frozen)
 
 
@@ -81,37 +82,38 @@ def _seen(sites: list[Site], params: Any, loss_fn: Any, batches: list[Any], has_
 
 
 def _summed_gradient(params: Any, loss_fn: LossFn, has_aux: bool) -> Any:
-    """``sums(probes, batches)``: the probes' gradient, summed over the batches."""
+    """``sums(probes, batches)``: the probes' gradient, summed over the batches.
+
+    Every program takes the result of the one before it. Programs that several processes run, and
+    that may overlap, could wait for each other for ever.
+    """
 
     @jax.jit
-    def gradient(probes: Adapter, params: Any, batch: Any) -> Any:
+    def added(total: Any, probes: Adapter, params: Any, batch: Any) -> Any:
         def loss(trainable: Any) -> jax.Array:
             out = loss_fn(params, probes.with_trainable(trainable), batch, jax.random.key(0))
             return out[0] if has_aux else out
 
-        return jax.grad(loss)(probes.trainable)
+        return jax.tree.map(jnp.add, total, jax.grad(loss)(probes.trainable))
 
     def sums(probes: Adapter, batches: list[Any]) -> Any:
-        each = (gradient(probes, params, batch) for batch in batches)
-        return reduce(partial(jax.tree.map, jnp.add), each)
+        total = jax.jit(partial(jax.tree.map, jnp.zeros_like))(probes.trainable)
+        for batch in batches:
+            total = added(total, probes, params, batch)
+        return jax.block_until_ready(total)
 
     return sums
 
 
+@partial(jax.jit, static_argnums=2)
 def _turned(probes: Adapter, found: Any, turn: Any) -> dict[str, Factors]:
     """``turn`` of what was found at every kernel whose gradient is looked for."""
     turned = dict(found)
     for site in probes.sites:
         if isinstance(site.method, _Gradient):
-            path = site.target.path
-            lead = len(site.target.lead)
-            turned[path] = _turn(turn, lead, probes.trainable[path], found[path])
+            path, lead = site.target.path, len(site.target.lead)
+            turned[path] = over_lead(turn, lead)(probes.trainable[path], found[path])
     return turned
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _turn(turn: Any, lead: int, thin: Factors, found: Factors) -> Factors:
-    return over_lead(turn, lead)(thin, found)
 
 
 def _orthonormal(thin: Factors, found: Factors) -> Factors:
