@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         run(parse(list(sys.argv[1:] if argv is None else argv)))
     except UserError as error:
-        print(f"lora-mini: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"lora-mini: {error.line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("lora-mini: stopped; the same command goes on from here", file=sys.stderr)

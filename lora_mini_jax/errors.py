@@ -13,3 +13,8 @@ class UserError(ValueError):
         ...
         lora_mini_jax.errors.UserError: rank 0 is not allowed: give a whole number from 1
     """
+
+    @property
+    def line(self) -> str:
+        """The message as one line."""
+        return " ".join(str(self).split())

@@ -20,9 +20,9 @@ from lora_mini_jax.data import (
     next_tokens,
     summed,
 )
-from lora_mini_jax.data.cache import Part, Recipe
 from lora_mini_jax.data.examples import encode_stream
 from lora_mini_jax.data.packing import packed_chunks
+from lora_mini_jax.data.recipe import Part, Recipe
 from lora_mini_jax.decode import generate
 from lora_mini_jax.devices import reading
 from lora_mini_jax.errors import UserError

@@ -6,6 +6,7 @@ devices; a mesh spans them all. With one process everything here does nothing.
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -18,6 +19,8 @@ from lora_mini_jax.errors import UserError
 
 HEARTBEAT_SECONDS = 60
 """How long a process that has died goes unnoticed at most, where no exchange fails before."""
+FAREWELL_SECONDS = 5
+"""How long a process that ends early waits for others that end for the same reason."""
 
 
 def start(coordinator: str, processes: int | None = None, process: int | None = None) -> None:
@@ -105,21 +108,36 @@ def placed(
 
 
 def guarded(run: Callable[[], Any]) -> Any:
-    """Run, and end this process in one line where another has ended.
+    """Run, and end this process in one line where another has ended, or the user has to act.
 
-    What JAX then raises differs from one exchange to the next; that the others are gone too is
-    what the line says. The process ends at once (exit code 75, "try again"): an orderly shutdown
-    would wait for those that are gone.
+    What JAX raises when another is gone differs from one exchange to the next; that it is gone is
+    what the line says (exit code 75, "try again"). An orderly end would wait for those that are
+    gone, and after a `UserError` (exit code 2) for those that go on because it is not theirs, such
+    as a full disk: they are waited for no longer than ``FAREWELL_SECONDS``.
     """
     try:
-        return run()
+        result = run()
+        together("the end")  # One that still writes may take longer than JAX's shutdown waits.
+        return result
+    except UserError as error:
+        if jax.process_count() == 1:
+            raise
+        _say(error.line)
+        # Where the mistake is everybody's, all come here and end in order.
+        farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        farewell.start()
+        farewell.join(FAREWELL_SECONDS)
+        os._exit(2)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
         reason = str(error).strip().splitlines()[0][:200]
-        print(
-            f"lora-mini: process {jax.process_index()} of {jax.process_count()} lost the others "
-            f"({reason}): start all of them again, and they go on from the last checkpoint",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        _say(
+            f"process {jax.process_index()} of {jax.process_count()} lost the others ({reason}): "
+            "start all of them again, and they go on from the last checkpoint"
+        )
         os._exit(75)
+
+
+def _say(line: str) -> None:
+    print(f"lora-mini: {line}", file=sys.stderr, flush=True)

@@ -12,8 +12,9 @@ import jax
 
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.data import Batches, Tokenizer, load_tokenizer, next_tokens
-from lora_mini_jax.data.cache import Recipe
-from lora_mini_jax.data.pairs import Pair, PairRows, pair_chunks, pair_stream
+from lora_mini_jax.data.pair_rows import PairRows, pair_chunks
+from lora_mini_jax.data.pairs import Pair, pair_stream
+from lora_mini_jax.data.recipe import Recipe
 from lora_mini_jax.decode_seq2seq import generate
 from lora_mini_jax.devices import reading
 from lora_mini_jax.errors import UserError

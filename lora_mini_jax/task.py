@@ -21,8 +21,9 @@ from lora_mini_jax import linen
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.budget import within
 from lora_mini_jax.data import Batches, Tokenizer, read_glue
-from lora_mini_jax.data.cache import Part, Recipe, cache_folder, prepared
+from lora_mini_jax.data.cache import cache_folder, prepared
 from lora_mini_jax.data.files import Record
+from lora_mini_jax.data.recipe import Part, Recipe
 from lora_mini_jax.data.records import Records, held_out, open_records
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models.families import family_of_module

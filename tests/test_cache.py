@@ -22,9 +22,9 @@ from lora_mini_jax.data import (
     load_tokenizer,
     pack,
     packing,
-    pairs,
 )
-from lora_mini_jax.data.pairs import encode_pairs, pair_rows
+from lora_mini_jax.data.pair_rows import pair_rows
+from lora_mini_jax.data.pairs import encode_pairs
 from lora_mini_jax.data.records import open_records, read_records
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.task import prepare, read_rows
@@ -46,8 +46,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model and data of 50 records, in chunks so small that there are several of each kind."""
     monkeypatch.setattr(files, "CHUNK", 7)
     monkeypatch.setattr(arrow, "AT_ONCE", 5)
-    for module in (packing, pairs):
-        monkeypatch.setattr(module, "TOKENS", 200)
+    for module in ("packing", "pair_rows"):
+        monkeypatch.setattr(f"lora_mini_jax.data.{module}.TOKENS", 200)
     given(tmp_path)
     return tmp_path
 

@@ -17,8 +17,14 @@ from safetensors.numpy import load_file
 from lora_mini_jax import UserError
 from lora_mini_jax.finetune import finetune
 from lora_mini_jax.options import to_json
-from lora_mini_jax.processes import HEARTBEAT_SECONDS
 from tests.runs import options, stopped_at
+
+HEARTBEAT_SECONDS = 10
+PROGRAM = f"""
+from lora_mini_jax import cli, processes
+processes.HEARTBEAT_SECONDS = {HEARTBEAT_SECONDS}  # sooner than a user would want it
+cli.main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -93,19 +99,22 @@ def test_what_cannot_be_split_is_refused_before_anything_is_written(alone, chang
     assert not (alone / "never").exists()
 
 
-def started(place: Path, name: str, count: int, devices: int, **changes: Any) -> list[Any]:
-    """``lora-mini finetune`` in ``count`` processes of so many devices each."""
+def started(
+    place: Path, name: str, count: int, devices: int, first: tuple[str, ...] = (), **changes: Any
+) -> list[Any]:
+    """``lora-mini finetune`` in ``count`` processes of so many devices each; ``first`` are options
+    of process 0 alone."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{one.getsockname()[1]}"
     config = place / f"{name}.json"
     config.write_text(json.dumps(to_json(given(place, name, **changes))))
-    command = [sys.executable, "-m", "lora_mini_jax.cli", "finetune", "--config", str(config),
+    command = [sys.executable, "-c", PROGRAM, "finetune", "--config", str(config),
                "--coordinator", address, "--processes", str(count)]  # fmt: skip
     flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
     return [
         subprocess.Popen(
-            [*command, "--process", str(i)],
+            [*command, "--process", str(i), *(() if i else first)],
             env={**os.environ, "XLA_FLAGS": flags},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -124,7 +133,7 @@ def test_processes_train_as_one_and_those_left_by_another_end_and_go_on(alone):
         assert first.poll() is None, first.communicate()[1]
         time.sleep(0.05)
     second.kill()
-    _, error = first.communicate(timeout=2 * HEARTBEAT_SECONDS)
+    _, error = first.communicate(timeout=6 * HEARTBEAT_SECONDS)
     # An exchange that fails ends it at once, in our words; where it waits for another, JAX ends it
     # when the heartbeats have stopped for too long, in its own.
     assert first.returncode in (75, -signal.SIGABRT), error
@@ -136,3 +145,15 @@ def test_processes_train_as_one_and_those_left_by_another_end_and_go_on(alone):
     assert "going on from step" in said[0][0]
     assert not any("going on" in out or "adapter" in out for out, _ in said[1:])
     same(alone, "several", "alone")
+
+
+def test_a_mistake_of_one_process_ends_them_all(alone):
+    first, second = started(
+        alone, "apart", 2, 1, mesh="data=2", first=("--data", "elsewhere.jsonl")
+    )
+    said, error = first.communicate(timeout=6 * HEARTBEAT_SECONDS)
+    assert first.returncode == 2, (said, error)
+    assert "elsewhere.jsonl" in error
+    assert error.count("\n") == 1
+    second.communicate(timeout=6 * HEARTBEAT_SECONDS)
+    assert second.returncode in (75, -signal.SIGABRT)

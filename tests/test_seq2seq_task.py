@@ -12,7 +12,8 @@ import pytest
 from lora_mini_jax import LoRA, UserError, init, linen, merge, select
 from lora_mini_jax.adapter import draw
 from lora_mini_jax.data import Fields, load_tokenizer
-from lora_mini_jax.data.pairs import encode_pairs, pair_rows
+from lora_mini_jax.data.pair_rows import pair_rows
+from lora_mini_jax.data.pairs import encode_pairs
 from lora_mini_jax.decode_seq2seq import generate
 from lora_mini_jax.finetune import finetune
 from lora_mini_jax.methods import from_spec

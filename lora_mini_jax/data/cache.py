@@ -17,16 +17,12 @@ import json
 import os
 import shutil
 import tempfile
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from lora_mini_jax.data.arrow import Examples, read_rows, write_examples, write_rows
+from lora_mini_jax.data.recipe import Part, Recipe, Tally, in_memory
 from lora_mini_jax.data.records import Records, digest
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import read_object, writes, writing
@@ -35,40 +31,6 @@ from lora_mini_jax.processes import together
 FORMAT = 1
 """Of the entries, and of everything that makes them: a change to either makes new ones."""
 _READ_BY_TOKENIZERS = (".json", ".jinja", ".model", ".txt")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How records become rows.
-
-    Attributes:
-        encode: ``encode(records, source=...)`` gives parts with ``examples``, ``skipped`` and
-            ``truncated``.
-        rows: ``rows(examples, lengths, at_once=...)`` gives a dataclass of arrays for every so many
-            rows; ``lengths`` is (examples, arrays of each) int32.
-        example: the class of an example, a named tuple of arrays.
-        row: the class of the rows.
-        settings: what else has a say, as JSON.
-        tokenizer: the folder of the tokenizer.
-    """
-
-    encode: Callable[..., Iterator[Any]]
-    rows: Callable[..., Iterator[Any]]
-    example: type
-    row: type
-    settings: Any
-    tokenizer: Path
-
-
-class Part(NamedTuple):
-    """Training or held-out data, made."""
-
-    rows: Any
-    examples: Sequence[Any]
-    skipped: int
-    truncated: int
-    top: int
-    """The largest token id."""
 
 
 def cache_folder(option: str) -> Path | None:
@@ -107,7 +69,7 @@ def prepared(
         UserError: records that cannot be used; a folder that cannot be written; a full disk.
     """
     if cache is None:
-        return _in_memory(records, recipe, source)
+        return in_memory(records, recipe, source)
     key = {
         "format": FORMAT,
         "data": records.content,
@@ -131,41 +93,6 @@ def _tokenizer(folder: Path) -> dict[str, str]:
     """What a tokenizer is made of: everything in its folder that it might read."""
     files = (f for f in folder.iterdir() if f.suffix in _READ_BY_TOKENIZERS and f.is_file())
     return {"tokenizers": version("tokenizers")} | {file.name: digest(file) for file in files}
-
-
-class _Tally:
-    """What is noted of the examples while they go by."""
-
-    def __init__(self) -> None:
-        self.skipped = self.truncated = self.top = 0
-        self._lengths = array("i")
-
-    def examples(self, parts: Iterable[Any]) -> Iterator[Any]:
-        """The examples of all parts."""
-        for part in parts:
-            self.skipped += part.skipped
-            self.truncated += part.truncated
-            for example in part.examples:
-                self._lengths.extend(map(len, example))
-                ids = (int(a.max()) for a in example if a.dtype != bool)
-                self.top = max(self.top, *ids)
-                yield example
-
-    def lengths(self, arrays: int) -> np.ndarray:
-        """(examples, arrays of each)."""
-        return np.frombuffer(self._lengths, np.intc).reshape(-1, arrays)
-
-    def counts(self) -> dict[str, int]:
-        """What is kept of it."""
-        return {"skipped": self.skipped, "truncated": self.truncated, "top": self.top}
-
-
-def _in_memory(records: Records, recipe: Recipe, source: str) -> Part:
-    tally = _Tally()
-    examples = list(tally.examples(recipe.encode(records, source=source)))
-    lengths = tally.lengths(len(examples[0]))
-    (rows,) = recipe.rows(examples, lengths, at_once=len(examples))
-    return Part(rows, examples, **tally.counts())
 
 
 def _make(entry: Path, key: dict[str, Any], records: Records, recipe: Recipe, source: str) -> None:
@@ -192,7 +119,7 @@ def _make(entry: Path, key: dict[str, Any], records: Records, recipe: Recipe, so
 
 def _fill(folder: Path, key: dict[str, Any], records: Records, recipe: Recipe, source: str) -> None:
     """Twice over the data: records to examples, and examples to rows, which need all lengths."""
-    tally, path = _Tally(), folder / "examples.arrow"
+    tally, path = Tally(), folder / "examples.arrow"
     write_examples(path, tally.examples(recipe.encode(records, source=source)))
     examples = Examples(path, recipe.example)
     lengths = tally.lengths(len(examples[0]))

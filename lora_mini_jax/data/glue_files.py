@@ -3,8 +3,8 @@
 from itertools import islice
 from pathlib import Path
 
+from lora_mini_jax.data.data_sets import load_split, with_names
 from lora_mini_jax.data.files import READERS, At, Record, tsv
-from lora_mini_jax.data.records import from_datasets
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.glue import HUB, LABEL, TASKS, Glue
 
@@ -27,7 +27,7 @@ def read_glue(name: str, source: str, split: str, limit: int | None = None) -> l
     task = TASKS[name]
     stems = ("train",) if split == "train" else task.held_out
     if not source:
-        return [_labelled(r) for r in from_datasets(HUB, stems[0], limit, name)]
+        return [_labelled(r) for r in with_names(load_split(HUB, stems[0], limit, name))]
     if not Path(source).is_dir():
         raise UserError(f"no such folder: {source}; give --data a folder with the files of GLUE's "
                         f"{name}, or leave it out, for the hub")  # fmt: skip

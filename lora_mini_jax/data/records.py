@@ -23,7 +23,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lora_mini_jax.data.files import CHUNK, READERS, OneOf, Record, one_line
+from lora_mini_jax.data.data_sets import load_split, with_names
+from lora_mini_jax.data.files import READERS, Record, one_line
 from lora_mini_jax.errors import UserError
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -188,44 +189,8 @@ def _empty(source: str | Path) -> UserError:
     return UserError(f"{source} holds no records: give a file with at least one")
 
 
-def from_datasets(
-    name: str, split: str, limit: int | None, config: str | None = None
-) -> list[Record]:
-    """The records of a folder or of a data set on the hub; ``config`` is one of several in it."""
-    return list(_named(_dataset(name, split, limit, config)))
-
-
 def _of_dataset(name: str, split: str, limit: int | None) -> Records:
-    dataset = _dataset(name, split, limit)
+    dataset = load_split(name, split, limit)
     if not len(dataset):
         raise _empty(name)
-    return Records(lambda: _named(dataset), lambda: {"data set": dataset._fingerprint})
-
-
-def _dataset(name: str, split: str, limit: int | None, config: str | None = None) -> Any:
-    from datasets import load_dataset
-
-    # What a data set and the network can raise is an open set, and all of it is the user's to fix.
-    try:
-        dataset = load_dataset(name, *([config] if config else []), split=split)
-        return dataset.select(range(min(limit or len(dataset), len(dataset))))
-    except Exception as error:
-        raise UserError(
-            f"cannot load split {split!r} of data set {name}{f', {config}' if config else ''} "
-            f"({one_line(error)}): check the name, the split and the network, or give a local file"
-        ) from error
-
-
-def _named(dataset: Any) -> Iterator[Record]:
-    """The records of a data set, with the names of classes for their numbers."""
-    from datasets import ClassLabel
-
-    classes = {f: tuple(k.names) for f, k in dataset.features.items() if isinstance(k, ClassLabel)}
-    for start in range(0, len(dataset), CHUNK):
-        part = dataset.select(range(start, min(start + CHUNK, len(dataset))))
-        for record in part.to_list():
-            for field, names in classes.items():
-                number = record[field]
-                known = number is not None and number >= 0
-                record[field] = OneOf(names, number) if known else None
-            yield record
+    return Records(lambda: with_names(dataset), lambda: {"data set": dataset._fingerprint})
