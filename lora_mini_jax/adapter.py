@@ -95,8 +95,17 @@ def init(
     return draw(params, plan(method, targets, overrides, modules_to_save), key)
 
 
-def draw(params: Mapping[str, Any], sites: tuple[Site, ...], key: jax.Array | int) -> Adapter:
-    """`init` for sites already planned; pure, so it works under ``jit`` and ``eval_shape``."""
+def draw(
+    params: Mapping[str, Any],
+    sites: tuple[Site, ...],
+    key: jax.Array | int,
+    places: "Adapter | None" = None,
+) -> Adapter:
+    """`init` for sites already planned; pure, so it works under ``jit`` and ``eval_shape``.
+
+    With ``places``, an adapter whose leaves are shardings, every leaf is drawn where it belongs:
+    none is ever whole on one device.
+    """
     key = as_key(key)
     kernels = matrices(params, [site.target for site in sites])
     trainable, frozen = {}, {}
@@ -105,7 +114,12 @@ def draw(params: Mapping[str, Any], sites: tuple[Site, ...], key: jax.Array | in
             continue
         path = site.target.path
         own = key if site.method.shares_draw else fold_path(key, path)
-        trainable[path], frozen[path] = _draw_one(site.method, own, kernels[path])
+        drawing = jax.jit(
+            _draw_one,
+            static_argnums=0,
+            out_shardings=(places.trainable[path], places.frozen[path]) if places else None,
+        )
+        trainable[path], frozen[path] = drawing(site.method, own, kernels[path])
     return Adapter(trainable, frozen, jax.random.key_data(key), sites)
 
 
@@ -137,7 +151,6 @@ def count(adapter: Adapter) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(adapter.trainable))
 
 
-@partial(jax.jit, static_argnums=0)
 def _draw_one(method: Method, key: jax.Array, kernels: jax.Array) -> tuple[Factors, Factors]:
     """The leaves of one site, a matrix at a time. Compiled always, so that drawing them again gives
     the same bits: what XLA fuses rounds differently from the same operations one by one."""

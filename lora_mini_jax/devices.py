@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lora_mini_jax import linen, processes, sharding
-from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.adapter import Adapter, draw
 from lora_mini_jax.data import Batches
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.options import Finetune, Training
+from lora_mini_jax.plan import Site
 from lora_mini_jax.quantized import quantized
 from lora_mini_jax.selection import select
 from lora_mini_jax.train import TrainState
@@ -44,6 +45,13 @@ class Devices:
     def params(self, shapes: Mapping[str, Any], targets: Iterable[Target]) -> Any:
         """The sharding of each parameter, as a tree; None without a mesh."""
         return sharding.of_params(self.mesh, shapes, targets) if self.mesh else None
+
+    def draw(self, params: Any, sites: tuple[Site, ...], seed: int) -> Adapter:
+        """An adapter drawn on the devices; no leaf is ever whole on one of them."""
+        if self.mesh is None:
+            return draw(params, sites, seed)
+        shapes = jax.eval_shape(lambda p: draw(p, sites, seed), params)
+        return draw(params, sites, seed, sharding.of_adapter(self.mesh, shapes))
 
     def adapter(self, adapter: Adapter) -> Adapter:
         """The adapter on the devices."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_mini_jax import beside
 from lora_mini_jax.adapter import Adapter
@@ -98,7 +99,11 @@ def targets(
 
 
 def adapt(
-    model: nn.Module, rules: Rules | None = None, *, whole: bool = True
+    model: nn.Module,
+    rules: Rules | None = None,
+    *,
+    whole: bool = True,
+    rows: NamedSharding | None = None,
 ) -> Callable[..., Any]:
     """The model's ``apply`` with an adapter: ``apply(params, adapter, *inputs, **kwargs)``.
 
@@ -111,6 +116,9 @@ def adapt(
         whole: whether every call has to use every adapted kernel, so that one that is never used
             does not go unseen. False for calls that use a part of the model, such as a decoder's
             step without its encoder; kernels of one method that depend on each other still do.
+        rows: how the inputs' rows are split on a mesh, from ``sharding.of_batch``. What every
+            module gives out then stays split so, and kernels are gathered; left to itself, XLA may
+            follow the kernels, hold all rows on every device and add up whole activations.
 
     Returns:
         ``apply(params, adapter, *inputs, variables=None, dropout_key=None, **kwargs)``;
@@ -142,8 +150,13 @@ def adapt(
     ) -> Any:
         sites = beside.called_sites(adapter)
         used: Counter[str] = Counter()
+        number = jax.tree.leaves(inputs)[0].shape[0] if rows else 0
 
         def interceptor(next_call: Callable, args: tuple, kw: dict, context: Any) -> Any:
+            y = adapted(next_call, args, kw, context)
+            return _split(y, rows, number) if rows else y
+
+        def adapted(next_call: Callable, args: tuple, kw: dict, context: Any) -> Any:
             call = view_of(context, args, kw, all_rules)
             if call is None or call[0] not in sites:
                 return next_call(*args, **kw)
@@ -164,3 +177,16 @@ def adapt(
         return out
 
     return apply
+
+
+def _split(outputs: Any, rows: NamedSharding, number: int) -> Any:
+    """The arrays among a module's outputs that have this number of rows, split by rows."""
+
+    def split(leaf: Any) -> Any:
+        if getattr(leaf, "ndim", 0) < 2 or leaf.shape[0] != number:
+            return leaf
+        free = [PartitionSpec.UNCONSTRAINED] * (leaf.ndim - 1)
+        where = NamedSharding(rows.mesh, PartitionSpec(rows.spec[0], *free))
+        return jax.lax.with_sharding_constraint(leaf, where)
+
+    return jax.tree.map(split, outputs)

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from lora_mini_jax.adapter import count, draw
+from lora_mini_jax.adapter import count
 from lora_mini_jax.devices import Devices
 from lora_mini_jax.files import writes
 from lora_mini_jax.loop import Log, fit
@@ -67,13 +67,13 @@ def pretrain(options: Pretrain, say: Log = print) -> Row:
     if done := folder.summary():
         say(f"{folder.path} is finished already; nothing to do")
         return done
-    Devices.of(options)  # or a mesh that does not fit would show only after all text was read
+    devices = Devices.of(options)  # a mesh that does not fit shows before all text is read
     task = prepare(options)
     folder.create()
     say(f"{task.train.packed.loss_mask.sum():,} tokens to train on, "
         f"{task.valid.packed.loss_mask.sum():,} held out")  # fmt: skip
 
-    params, adapter = begin(task.params, draw(task.params, task.sites, options.seed))
+    params, adapter = begin(task.params, devices.draw(task.params, task.sites, options.seed))
     task, tx = replace(task, params=params), optimizer(options, options.steps, task.sites)
     state = fit(options, folder, task, adapter, tx, options.steps, say)
 

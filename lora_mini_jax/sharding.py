@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import jax
@@ -137,6 +138,12 @@ def of_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
 
 
+def of_rows(params: Any) -> NamedSharding | None:
+    """`of_batch` on the mesh that parameters are on; None where they are on none."""
+    own = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    return of_batch(own.mesh) if isinstance(own, NamedSharding) else None
+
+
 def check_rows(mesh: Mesh, batch_size: int) -> None:
     """Raise `UserError` unless batches of so many rows can be split over the mesh."""
     parts = mesh.shape[DATA] * mesh.shape[FSDP]
@@ -163,8 +170,8 @@ def _sides(target: Target, rules: Rules | None) -> Sides:
     """What the rules say of a kernel."""
     if target.kind == "array":
         return None, None
-    patterns = {**(rules or {}), **RULES}
-    return next((s for pattern, s in patterns.items() if re.search(pattern, target.path)), _OTHERS)
+    patterns = chain((rules or {}).items(), RULES.items())
+    return next((sides for pattern, sides in patterns if re.search(pattern, target.path)), _OTHERS)
 
 
 def _of_leaf(

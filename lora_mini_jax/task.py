@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax import linen
+from lora_mini_jax import linen, sharding
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.budget import within
 from lora_mini_jax.data import Batches, Tokenizer, read_glue
@@ -57,7 +57,7 @@ class Task(ABC):
     @cached_property
     def apply(self) -> Any:
         """The adapted call of the model."""
-        return linen.adapt(self.model)
+        return linen.adapt(self.model, rows=sharding.of_rows(self.params))
 
     def loss(self, params: Any, adapter: Adapter, batch: Any, key: jax.Array) -> tuple[Any, Any]:
         """Mean loss over what counts in the batch (0 where nothing does), and how much does."""

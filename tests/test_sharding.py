@@ -1,5 +1,6 @@
 """Many devices give what one gives, and tell each other no more than they must."""
 
+import math
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,7 @@ from lora_mini_jax import (
 )
 from lora_mini_jax.checkpoint import Checkpoints
 from lora_mini_jax.collectives import Collective, collectives
-from lora_mini_jax.methods import METHODS, Full, SwitchLoRA
+from lora_mini_jax.methods import METHODS, DoRA, Full, LoRA, SwitchLoRA
 from lora_mini_jax.tree import parameters
 from tests.cases import CASES, Case, cross_entropy, draws, random_params, randomised
 from tests.test_laws import close
@@ -86,9 +87,15 @@ def on_mesh(sizes: str, params: Any, adapter: Any, targets: Any) -> tuple[Any, A
     )
 
 
-def loss_of(model: nn.Module) -> Any:
-    apply = linen.adapt(model)
-    return lambda params, adapter, batch, key: cross_entropy(apply(params, adapter, batch), batch)
+def loss_of(model: nn.Module, params: Any) -> Any:
+    """The loss, and the logits beside it."""
+    apply = linen.adapt(model, rows=sharding.of_rows(params))
+
+    def loss(params: Any, adapter: Any, batch: Any, key: Any) -> Any:
+        logits = apply(params, adapter, batch)
+        return cross_entropy(logits, batch), logits
+
+    return loss
 
 
 def program(
@@ -100,7 +107,7 @@ def program(
     params, adapter, batch = on_mesh(sizes, params, init(params, method, chosen), targets)
     tx = optax.adam(1e-2)
     state = sharding.settled(batch.sharding.mesh, TrainState.create(adapter, tx))
-    step: Any = make_train_step(loss_of(model), tx, like=state)
+    step: Any = make_train_step(loss_of(model, params), tx, has_aux=True, like=state)
     return collectives(step.lower(state, params, batch).compile()), adapter
 
 
@@ -112,22 +119,29 @@ def test_ten_steps_on_eight_devices_are_those_on_one(case: Case):
     tx = optax.adam(1e-2, eps=1e-3)  # with its usual eps it makes steps out of rounding errors
 
     def run(params: Any, state: TrainState, batch: Any, like: TrainState | None) -> Any:
-        step: Any = make_train_step(loss_of(model), tx, like=like)
+        step: Any = make_train_step(loss_of(model, params), tx, has_aux=True, like=like)
         seen = []
-        for _ in range(10):
+        for i in range(10):
             state, metrics = step(state, params, batch)
-            seen.append((metrics.loss, metrics.grad_norm))
+            seen.append(jax.device_get(metrics))
+            if i == 0:  # Adam's first moment is then a tenth of the gradient
+                gradient = jax.device_get(jax.tree.map(lambda mu: 10 * mu, state.opt_state[0].mu))
         assert step._cache_size() == 1
-        return np.asarray(seen), state.adapter
+        return seen, gradient, state.adapter
 
     alone = run(params, TrainState.create(adapter, tx), TOKENS, None)
     sharded, placed, batch = on_mesh("data=2,fsdp=2,tensor=2", params, adapter, targets)
     state = sharding.settled(batch.sharding.mesh, TrainState.create(placed, tx))
     before = jax.tree.map(lambda leaf: leaf.sharding, placed)
     together = run(sharded, state, batch, state)
-    np.testing.assert_allclose(together[0], alone[0], rtol=1e-5, atol=1e-5)
-    close(together[1].trainable, alone[1].trainable, 1e-4)
-    assert jax.tree.map(lambda leaf: leaf.sharding, together[1]) == before
+    for ours, theirs in zip(together[0], alone[0], strict=True):
+        np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
+        np.testing.assert_allclose(ours.grad_norm, theirs.grad_norm, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(ours.aux, theirs.aux, atol=1e-4)  # after steps that round
+    np.testing.assert_allclose(together[0][0].aux, alone[0][0].aux, rtol=1e-5, atol=1e-5)
+    close(together[1], alone[1], 1e-5)
+    close(together[2].trainable, alone[2].trainable, 1e-4)
+    assert jax.tree.map(lambda leaf: leaf.sharding, together[2]) == before
 
 
 @pytest.mark.parametrize("name", ["lora", "lora-mini-orthogonal", "dora", "miss", "vera"])
@@ -146,20 +160,36 @@ def test_data_parallel_devices_exchange_trained_gradients_alone(name: str):
     assert 0 <= sum(each.bytes * each.times for each in exchanged) - trained <= 16
 
 
-@pytest.mark.parametrize("name", ["lora", "lora-mini-orthogonal", "dora", "miss", "vera"])
-def test_no_kernel_is_gathered_that_the_bare_model_would_not_gather(name: str):
-    method = next(case.method for case in CASES if case.name == name)
-    kernels = {target.shape for target in made(stacked=False)[2]}
+@pytest.mark.parametrize(("sizes", "rows"), [("fsdp=8", 1), ("fsdp=4,tensor=2", 2)])
+def test_every_device_works_on_its_own_rows_alone(sizes: str, rows: int):
+    exchanged, adapter = program(sizes, LoRA(rank=2))
+    added = [each for each in exchanged if each.kind == "all-reduce"]
+    activations = [shape for each in added for shape in each.shapes if LENGTH in shape]
+    assert all(shape[0] == rows for shape in activations)
+    if "tensor" not in sizes:  # then nothing is added up but what a data-parallel mesh adds up
+        trained = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter.trainable))
+        assert 0 <= sum(each.bytes for each in added) - trained <= 24
+        assert not activations
 
-    def gathered(exchanged: list[Collective]) -> Counter:
+
+@pytest.mark.parametrize(("sizes", "stacked"), [("fsdp=8", False), ("fsdp=4,tensor=2", True)])
+def test_nothing_is_gathered_that_the_bare_model_would_not_gather(sizes: str, stacked: bool):
+    def gathered(method: Any, which: str = "all-linear") -> tuple[int, Any]:
+        exchanged, adapter = program(sizes, method, which, stacked)
         kind = (each for each in exchanged if each.kind == "all-gather")
-        return Counter(shape for each in kind for shape in each.shapes if shape in kernels)
+        return sum(each.bytes * each.times for each in kind), adapter
 
     # Training the first norm alone takes the bare model's way, forward and all the way back.
-    bare, _ = program("fsdp=8", Full(), "first")
-    assert gathered(bare)
-    adapted, _ = program("fsdp=8", method)
-    assert not gathered(adapted) - gathered(bare)
+    bare, _ = gathered(Full(), "first")
+    assert bare > 0
+    for name in ("lora", "lora-mini-orthogonal", "miss", "vera"):
+        adapted, adapter = gathered(next(case.method for case in CASES if case.name == name))
+        # Forward and back it gathers leaves of its own, and nothing more.
+        own = sum(leaf.nbytes for leaf in jax.tree.leaves((adapter.trainable, adapter.frozen)))
+        assert adapted - bare <= 2 * own, name
+    # DoRA reads the kernel itself, as a matrix, which the heads of this model are not.
+    kernels = sum(4 * math.prod(target.shape) for target in made(stacked)[2])
+    assert gathered(DoRA(rank=2))[0] - bare <= 2 * kernels
 
 
 def test_leaves_are_split_as_the_side_of_the_kernel_they_run_along():
@@ -179,6 +209,9 @@ def test_leaves_are_split_as_the_side_of_the_kernel_they_run_along():
     assert kernels["first"]["scale"].spec == P()
     own = sharding.of_params(mesh, params, targets, {"up/kernel": (None, "data")})
     assert own["layers"]["up"]["kernel"].spec == P(None, None, "data", None)
+    (builtin,) = (pattern for pattern in sharding.RULES if "o_proj" in pattern)
+    own = sharding.of_params(mesh, params, targets, {builtin: ("fsdp", None)})
+    assert own["layers"]["o_proj"]["kernel"].spec == P(None, "fsdp", None, None)
 
 
 def test_a_side_that_the_mesh_does_not_divide_stays_whole():
