@@ -12,7 +12,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.errors import UserError, told_of_memory
 from lora_mini_jax.files import writes
 from lora_mini_jax.options import (
     Compare,
@@ -89,7 +89,8 @@ def parse(argv: list[str]) -> Any:
 def run(options: Any) -> None:
     """Carry out a command, alone or as one of several processes."""
     if getattr(options, "coordinator", None) is None:
-        return carry_out(options)
+        with told_of_memory():
+            return carry_out(options)
     _needed("processes", "start")(options.coordinator, options.processes, options.process)
     with contextlib.ExitStack() as stack:
         if not writes():

@@ -7,15 +7,16 @@ devices; a mesh spans them all. With one process everything here does nothing.
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
 from lora_mini_jax import files
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.errors import UserError, told_of_memory
 
 HEARTBEAT_SECONDS = 60
 """How long a process that has died goes unnoticed at most, where no exchange fails before."""
@@ -108,35 +109,42 @@ def placed(
 
 
 def guarded(run: Callable[[], Any]) -> Any:
-    """Run, and end this process in one line where another has ended, or the user has to act.
+    """Run, and end this process where another has ended, or where it alone cannot go on.
 
     What JAX raises when another is gone differs from one exchange to the next; that it is gone is
     what the line says (exit code 75, "try again"). An orderly end would wait for those that are
-    gone, and after a `UserError` (exit code 2) for those that go on because it is not theirs, such
-    as a full disk: they are waited for no longer than ``FAREWELL_SECONDS``.
+    gone, and after an error of this process, such as a full disk, for those that go on: they are
+    waited for no longer than ``FAREWELL_SECONDS``.
     """
     try:
-        result = run()
+        with told_of_memory():
+            result = run()
         together("the end")  # One that still writes may take longer than JAX's shutdown waits.
         return result
-    except UserError as error:
+    except Exception as error:
         if jax.process_count() == 1:
             raise
-        _say(error.line)
-        # Where the mistake is everybody's, all come here and end in order.
-        farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-        farewell.start()
-        farewell.join(FAREWELL_SECONDS)
-        os._exit(2)
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
+        _leave(error)
+
+
+def _leave(error: Exception) -> NoReturn:
+    """End this process of several, and say why."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
         reason = str(error).strip().splitlines()[0][:200]
         _say(
             f"process {jax.process_index()} of {jax.process_count()} lost the others ({reason}): "
             "start all of them again, and they go on from the last checkpoint"
         )
         os._exit(75)
+    if isinstance(error, UserError):
+        _say(error.line)
+    else:
+        traceback.print_exception(error)
+    # Where the mistake is everybody's, all come here and end in order.
+    farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    farewell.start()
+    farewell.join(FAREWELL_SECONDS)
+    os._exit(2 if isinstance(error, UserError) else 1)
 
 
 def _say(line: str) -> None:

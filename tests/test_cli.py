@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lora_mini_jax import cli
 from lora_mini_jax.cli import main, parse
 from lora_mini_jax.options import Finetune, to_json
 from tests.runs import options, write_model
@@ -191,6 +193,13 @@ def test_bad_data_is_one_line_and_leaves_no_adapter(place, capsys, name, said):
     argv = ["finetune", "--config", place / "config.json", "--data", bad_data(place, name)]
     assert said in refused(capsys, *argv, "--output-dir", out)
     assert not (out / "adapter").exists()
+
+
+def test_a_device_without_room_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "carry_out", lambda options: jnp.zeros(2**46, jnp.int8) + 1)
+    said = refused(capsys, "methods")
+    assert "not enough memory (RESOURCE_EXHAUSTED" in said
+    assert "--remat" in said
 
 
 def test_a_model_that_is_not_there_is_one_line(place, capsys):
