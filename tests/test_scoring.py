@@ -69,3 +69,21 @@ def test_scores_and_gradients_are_those_of_whole_logits(name: str):
         small, large = (each.temp_size_in_bytes for each in memory)
         logits = long.size * VOCAB * 4
         assert small < logits < 2 * logits < large
+
+
+def test_a_long_row_and_a_large_vocabulary_take_a_fraction_of_their_logits():
+    vocab, time = 131_072, 8192
+    sizes = LLAMA | {"vocab_size": vocab, "max_position_embeddings": time}
+    model, tokens = Llama(LlamaConfig(**sizes)), jax.ShapeDtypeStruct((1, time), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    targets = linen.targets(model, shapes, tokens)
+    adapter = jax.eval_shape(lambda p: init(p, LoRA(rank=2), targets), shapes)
+    apply = linen.adapt(model)
+
+    def loss(trainable: Any, params: Any, frozen: Any, tokens: Any) -> Any:
+        adapter = frozen.with_trainable(trainable)
+        return apply(params, adapter, tokens, labels=tokens).losses.mean()
+
+    step = jax.jit(jax.grad(loss)).lower(adapter.trainable, shapes, adapter, tokens).compile()
+    memory: Any = step.memory_analysis()
+    assert memory.temp_size_in_bytes < time * vocab * 4 / 8

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from lora_mini_jax.products import matmul
 
 Array = jax.Array
+AT_ONCE = 1024
+"""Queries of a row whose weights are in memory at a time, where it has more than twice as many."""
 
 
 def attend(
@@ -22,6 +24,9 @@ def attend(
     softcap: float | None = None,
 ) -> Array:
     """Softmax attention; with fewer key than query heads each serves a group of neighbours.
+
+    The weights of long rows, heads x time x keys, would take more memory than all else: they are
+    made for `AT_ONCE` queries at a time, and made again for the backward pass.
 
     Args:
         q: (batch, time, heads, head_dim).
@@ -39,6 +44,39 @@ def attend(
         >>> attend(x, x[:, :, :2], x[:, :, :2], softcap=30.0).shape
         (1, 3, 4, 8)
     """
+    time, keys = q.shape[1], k.shape[1]
+    how = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap}
+    if time <= 2 * AT_ONCE:
+        mask = jnp.tril(jnp.ones((1, 1, time, keys), bool)) if mask is None else mask
+        return _attend(q, k, v, mask, bias, **how)
+
+    def turn(_: None, start: Array) -> tuple[None, Array]:
+        def part(array: Array, axis: int) -> Array:
+            return jax.lax.dynamic_slice_in_dim(array, start, AT_ONCE, axis)
+
+        before = jnp.arange(keys) <= start + jnp.arange(AT_ONCE)[:, None]
+        seen = before[None, None] if mask is None else part(mask, 2)
+        near = None if bias is None else part(bias, 2)
+        return None, _attend(part(q, 1), k, v, seen, near, **how)
+
+    whole = (time - 1) // AT_ONCE * AT_ONCE  # the last turn begins earlier, to be as long
+    starts = jnp.minimum(jnp.arange(0, time, AT_ONCE), time - AT_ONCE)
+    _, turns = jax.lax.scan(jax.checkpoint(turn, prevent_cse=False), None, starts)
+    out = jnp.moveaxis(turns, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])
+    return jnp.concatenate([out[:, :whole], out[:, whole - time :]], 1)
+
+
+def _attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array,
+    bias: Array | None,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Array:
+    """`attend` with the weights of all queries in memory."""
     batch, time, _, width = q.shape
     keys, kv_heads = k.shape[1:3]
     # A group's heads are rows of one matrix, so that keys and values need no copies of theirs.
@@ -47,13 +85,11 @@ def attend(
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     logits = jnp.einsum("bkqd,bksd->bkqs", rows, k, preferred_element_type=jnp.float32)
     logits = logits.reshape(batch, kv_heads, -1, time, keys)
-    logits = logits * (width**-0.5 if scale is None else scale)
+    logits = logits * scale
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     if bias is not None:
         logits = logits + bias.reshape(bias.shape[0], *logits.shape[1:3], *bias.shape[2:])
-    if mask is None:
-        mask = jnp.tril(jnp.ones((1, 1, time, keys), bool))
     logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
     # The weights' sum divides the narrow result, not the weights: fewer passes over what grows with
     # the square of the length, and less of it is kept for the backward pass.
