@@ -1,10 +1,12 @@
 """Runs with ``--scan-layers``: their adapters are for a stacked base, and all commands know it."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
@@ -65,6 +67,16 @@ def test_a_decoder_s_adapter_merges_generates_and_goes_to_peft(decoder):
 def test_its_factors_are_stored_as_without_scan(decoder):
     tensors = load_file(decoder / "run" / "adapter" / "adapter.safetensors")
     assert tensors["trainable/layers/mlp/up_proj/kernel/A"].shape == (2, 8, 2)
+
+
+def test_in_bfloat16_what_is_trained_and_the_optimiser_stay_float32(decoder):
+    newest = max((decoder / "run" / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    saved = jax.tree.leaves(ocp.StandardCheckpointer().metadata(newest / "default").item_metadata)
+    kinds = Counter(str(leaf.dtype) for leaf in saved if hasattr(leaf, "dtype"))
+    names = load_file(decoder / "run" / "adapter" / "adapter.safetensors")
+    trained = sum(name.startswith("trainable/") for name in names)
+    assert kinds["float32"] >= 3 * trained  # with Adam's two moments
+    assert kinds["bfloat16"] == 0
 
 
 def test_a_t5_s_adapter_merges_and_answers(tmp_path):
