@@ -10,9 +10,8 @@ Not imported by ``import lora_mini_jax``: write ``from lora_mini_jax import nnx`
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cache, partial, wraps
-from inspect import isfunction
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +21,8 @@ from flax import nnx
 from lora_mini_jax import beside, views
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.tree import Target, flatten, unflatten
-from lora_mini_jax.views import Rule, Rules, View
+from lora_mini_jax.views import Rules, View
+from lora_mini_jax.watched import name_of, watch
 
 __all__ = ["adapt", "dense_general", "einsum", "parameters", "targets", "update"]
 
@@ -112,7 +112,7 @@ def targets(
 
     def call(state: nnx.State, *inputs: Any) -> Any:
         fresh = nnx.merge(graph, state, _copied(rest))
-        _watch(fresh, state, {**RULES, **(rules or {})}, record)
+        watch(fresh, state, {**RULES, **(rules or {})}, record)
         return fresh(*inputs, **kwargs)
 
     jax.eval_shape(call, state, *inputs)
@@ -173,7 +173,7 @@ def adapt(model: nnx.Module, rules: Rules | None = None) -> Callable[..., Any]:
 
         others = _copied(rest if variables is None else variables)
         fresh = nnx.merge(graph, _filled(shapes, shifted), others)
-        _watch(fresh, shapes, all_rules, add, factors)
+        watch(fresh, shapes, all_rules, add, factors)
         y = fresh(*inputs, **kwargs)
         beside.check_used(sites, used)
         return (y, nnx.split(fresh, nnx.Param, ...)[2]) if mutable else y
@@ -181,83 +181,9 @@ def adapt(model: nnx.Module, rules: Rules | None = None) -> Callable[..., Any]:
     return apply
 
 
-@dataclass(frozen=True, eq=False)
-class _Watch:
-    """What a watched layer does after its own call. Compared by identity, and part of the layer's
-    static structure: a transformation never takes a layer traced in one call for another's."""
-
-    module: str
-    known: type
-    rule: Rule
-    act: Callable[[Any, str, View, Any], Any]
-
-    def __call__(self, module: Any, method: str, args: tuple, kw: dict, y: Any) -> Any:
-        view = views.view_by(self.rule, getattr(self.known, method), module, method, args, kw)
-        if view is None:
-            return y
-        return self.act(module, f"{self.module}/{view.leaf}".removeprefix("/"), view, y)
-
-
-def _watch(
-    model: nnx.Module,
-    state: nnx.State,
-    rules: Rules,
-    act: Callable[[Any, str, View, Any], Any],
-    factors: Mapping[str, Mapping[str, jax.Array]] | None = None,
-) -> None:
-    """Make the layers that have a rule call ``act``, and put the factors beside the kernels."""
-    for path, variable in nnx.to_flat_state(state):
-        layer: Any = model
-        for part in path[:-1]:
-            layer = getattr(layer, part) if isinstance(part, str) else layer[part]
-        known, rule = views.rule_of(type(layer), rules)
-        if rule is None:
-            continue
-        if not hasattr(layer, "adapter_watch"):
-            layer.__class__ = _watched(type(layer), known)
-            layer.adapter_watch = _Watch(_name(path[:-1]), known, rule, act)
-        own = (factors or {}).get(_name(path), {})
-        beside_it = {name: type(variable)(leaf) for name, leaf in own.items()}
-        setattr(layer, str(path[-1]) + beside.SUFFIX, nnx.Dict(beside_it))
-
-
-@cache
-def _watched(layer: type, known: type) -> type:
-    """A subclass of a layer in which the calls of ``known``, the class with the rule, are watched.
-
-    A layer of the user's that builds on ``known`` comes before the watched calls, and finds them
-    with ``super()``: what it does to the result of its parent is done to the adapter's part too.
-    """
-
-    def watching(name: str) -> Callable:
-        plain = getattr(known, name)
-
-        @wraps(plain)
-        def method(self: Any, *args: Any, **kw: Any) -> Any:
-            return self.adapter_watch(self, name, args, kw, plain(self, *args, **kw))
-
-        return method
-
-    if layer is not known:
-        return type(layer)(layer.__name__, (layer, _watched(known, known)), {})
-    calls = {name: watching(name) for name in _methods(known)}
-    return type(known)(known.__name__, (known,), calls)
-
-
-def _methods(layer: type) -> set[str]:
-    """The calls of a layer that may use its kernel: whatever its author made public."""
-    own = (c for c in layer.__mro__ if c not in nnx.Module.__mro__)
-    public = {name for c in own for name, value in vars(c).items() if isfunction(value)}
-    return {name for name in public if name == "__call__" or not name.startswith("_")}
-
-
-def _name(path: tuple) -> str:
-    return "/".join(map(str, path))
-
-
 def _named(state: nnx.State) -> list[tuple[str, Any]]:
     """Paths and variables, in the order of the paths."""
-    return [(_name(path), variable) for path, variable in nnx.to_flat_state(state)]
+    return [(name_of(path), variable) for path, variable in nnx.to_flat_state(state)]
 
 
 def _copied(state: nnx.State) -> nnx.State:
@@ -268,6 +194,6 @@ def _copied(state: nnx.State) -> nnx.State:
 def _filled(state: nnx.State, params: Mapping[str, Any]) -> nnx.State:
     """The state with these parameters in it."""
     flat = flatten(params)
-    filled = [(path, variable.replace(flat[_name(path)]))
+    filled = [(path, variable.replace(flat[name_of(path)]))
               for path, variable in nnx.to_flat_state(state)]  # fmt: skip
     return nnx.from_flat_state(filled)

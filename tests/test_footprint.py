@@ -25,11 +25,12 @@ def test_bytes_of_arguments_and_exchanges_are_those_of_the_real_step(method: Any
     tx, mesh = optax.adam(1e-2), sharding.make_mesh("fsdp=4,tensor=2")
     adapter = init(params, method, targets)
     shapes = jax.eval_shape(lambda: (params, TOKENS))
-    found = footprint(loss_of(model), tx, adapter.sites, targets, *shapes, mesh)
-
     params, adapter, batch = on_mesh("fsdp=4,tensor=2", params, adapter, targets)
+    loss = loss_of(model, params)
+    found = footprint(loss, tx, adapter.sites, targets, *shapes, mesh, has_aux=True)
+
     state = sharding.settled(mesh, TrainState.create(adapter, tx))
-    step: Any = make_train_step(loss_of(model), tx, like=state)
+    step: Any = make_train_step(loss, tx, has_aux=True, like=state)
     compiled = step.lower(state, params, batch).compile(AS_ON_ACCELERATORS)
     assert found.params == on_one_device(params)
     assert found.adapter == on_one_device(adapter)
@@ -48,6 +49,7 @@ def test_flops_are_those_of_the_products_of_all_rows():
     def flops(rows: int) -> int:
         shapes = jax.eval_shape(lambda: params), jax.ShapeDtypeStruct((rows, 5), TOKENS.dtype)
         tx = optax.sgd(1.0)
-        return footprint(loss_of(model), tx, adapter.sites, targets, *shapes, mesh).flops
+        what = loss_of(model, params), tx, adapter.sites, targets, *shapes, mesh
+        return footprint(*what, has_aux=True).flops
 
     assert flops(16) == 2 * flops(8)

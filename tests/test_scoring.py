@@ -73,7 +73,7 @@ def test_scores_and_gradients_are_those_of_whole_logits(name: str):
 
 def test_a_long_row_and_a_large_vocabulary_take_a_fraction_of_their_logits():
     vocab, time = 131_072, 8192
-    sizes = LLAMA | {"vocab_size": vocab, "max_position_embeddings": time}
+    sizes: dict[str, Any] = LLAMA | {"vocab_size": vocab, "max_position_embeddings": time}
     model, tokens = Llama(LlamaConfig(**sizes)), jax.ShapeDtypeStruct((1, time), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     targets = linen.targets(model, shapes, tokens)

@@ -45,10 +45,10 @@ def attend(
         (1, 3, 4, 8)
     """
     time, keys = q.shape[1], k.shape[1]
-    how = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap}
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if time <= 2 * AT_ONCE:
         mask = jnp.tril(jnp.ones((1, 1, time, keys), bool)) if mask is None else mask
-        return _attend(q, k, v, mask, bias, **how)
+        return _attend(q, k, v, mask, bias, scale, softcap)
 
     def turn(_: None, start: Array) -> tuple[None, Array]:
         def part(array: Array, axis: int) -> Array:
@@ -57,7 +57,7 @@ def attend(
         before = jnp.arange(keys) <= start + jnp.arange(AT_ONCE)[:, None]
         seen = before[None, None] if mask is None else part(mask, 2)
         near = None if bias is None else part(bias, 2)
-        return None, _attend(part(q, 1), k, v, seen, near, **how)
+        return None, _attend(part(q, 1), k, v, seen, near, scale, softcap)
 
     whole = (time - 1) // AT_ONCE * AT_ONCE  # the last turn begins earlier, to be as long
     starts = jnp.minimum(jnp.arange(0, time, AT_ONCE), time - AT_ONCE)
@@ -72,7 +72,6 @@ def _attend(
     v: Array,
     mask: Array,
     bias: Array | None,
-    *,
     scale: float,
     softcap: float | None,
 ) -> Array:
