@@ -2,10 +2,11 @@
 
     python -m experiments.plan_check
 
-Every row is a process of its own that trains a small random Llama on a CPU as ``finetune`` would,
-and reads from Linux how much more memory it had at the peak of a step than before it had weights.
-All has been compiled and run once by then, so neither the compiler nor the libraries count. On a
-mesh of simulated devices, which share the process, that is divided by their number. Writes
+Every row is a process of its own that runs ``finetune`` with a small random Llama on a CPU. After
+the first step, when all has been compiled and run once, it asks Linux how much memory the process
+has beside its arrays; what it has more at the peak of the steps that follow is what a step takes:
+every array that the run holds, be it needed or not, and the temporaries. On a mesh of simulated
+devices, which share the process, that is divided by their number. Writes
 ``results/plan_check.json`` and ``.md``; some minutes on a core.
 """
 
@@ -19,20 +20,18 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.adapter import draw
-from lora_mini_jax.devices import Devices
 from lora_mini_jax.files import write_json, write_text
+from lora_mini_jax.finetune import finetune
 from lora_mini_jax.forecast import plan_step
+from lora_mini_jax.meter import Meter
 from lora_mini_jax.models import Llama, LlamaConfig, save
 from lora_mini_jax.options import PlanStep
 from lora_mini_jax.options.adapter import BASE
-from lora_mini_jax.schedule import of_length, optimizer
-from lora_mini_jax.task import prepare
-from lora_mini_jax.train import TrainState, make_train_step
 
 HERE = Path(__file__).parent
 SHAPE = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4,
@@ -66,7 +65,8 @@ def check(shape: dict[str, int], given: dict[str, Any]) -> Report:
     with TemporaryDirectory() as folder:
         make(Path(folder), shape)
         devices = 2 if given.get("mesh") else 1
-        flags = f"--xla_force_host_platform_device_count={devices}"
+        count = f"--xla_force_host_platform_device_count={devices}"
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {count}"
         # What is freed goes back to the system at once, and so does not hide what comes after.
         malloc = {"MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_TRIM_THRESHOLD_": str(2**18)}
         own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **malloc}
@@ -92,7 +92,8 @@ def measure(folder: Path, given: dict[str, Any]) -> Report:
     """One row, in a process of its own."""
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     options = PlanStep(model=str(folder / "model"), data=str(folder / "text.jsonl"), samples=0,
-                       output_dir=str(folder / "run"), **given)  # fmt: skip
+                       max_valid_examples=2,
+                       output_dir=str(folder / "run"), max_steps=STEPS, **given)  # fmt: skip
     plan = plan_step(options)
     before, after = grown(options)
     total, devices = plan["bytes_per_device"]["total"], plan["devices"]
@@ -107,48 +108,35 @@ def measure(folder: Path, given: dict[str, Any]) -> Report:
 
 
 def grown(options: PlanStep) -> tuple[int, int]:
-    """Resident bytes before there are weights, and at the peak of a step."""
-    task, tx, state, batch = begun(options)
-    step = make_train_step(
-        task.loss, tx, has_aux=True, parts=options.accumulate, like=state if options.mesh else None
-    )
-    step = step.lower(state, task.params, batch).compile()
-    run(step, task, state, batch)
-    del task, tx, state, batch
-    jax.clear_caches()
-    trim()
-    left = sum(array.nbytes for array in jax.live_arrays())
-    if left > 2**20:
-        raise RuntimeError(f"{left} bytes of arrays are left, and would not be counted")
-    before = resident("VmRSS")
-    task, _, state, batch = begun(options)
-    trim()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
-    run(step, task, state, batch)
-    return before, resident("VmHWM")
+    """Resident bytes beside the arrays after the first step of ``finetune``, and at the peak of
+    those that follow."""
+    add, seen = Meter.add, []
+
+    def noting(self: Meter, metrics: Any, tokens: Any) -> None:
+        add(self, metrics, tokens)
+        jax.block_until_ready((metrics, tokens))
+        seen.append(resident("VmHWM"))
+        if len(seen) == 1:
+            trim()
+            seen[0] = resident("VmRSS") - held()
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+
+    with mock.patch.object(Meter, "add", noting):
+        finetune(options, say=lambda line: None)
+    return seen[0], seen[-1]
+
+
+def held() -> int:
+    """Bytes of all the arrays there are; of one that is on several devices, on each of them."""
+    arrays = [array for array in jax.live_arrays() if not array.is_deleted()]
+    shards = [shard.data for array in arrays for shard in array.addressable_shards]
+    return sum({data.unsafe_buffer_pointer(): data.nbytes for data in shards}.values())
 
 
 def trim() -> None:
     """Give back what the process has freed."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-
-
-def begun(options: PlanStep) -> tuple[Any, Any, Any, Any]:
-    """The task, the optimiser, the state and a batch, as ``finetune`` begins."""
-    task, devices = prepare(options), Devices.of(options)
-    sites = of_length(task.sites, STEPS, options.parsed_settings())
-    adapter = devices.adapter(draw(task.params, sites, options.seed))
-    tx = optimizer(options, STEPS, sites, options.lora_plus_ratio)
-    state = devices.state(TrainState.create(adapter, tx, options.seed))
-    return task, tx, state, devices.batch(task.train, 0)
-
-
-def run(step: Any, task: Any, state: Any, batch: Any) -> None:
-    """A few steps, one after the other."""
-    for _ in range(STEPS):
-        state, metrics = step(state, task.params, batch)
-        jax.block_until_ready((state, metrics))
 
 
 def resident(name: str) -> int:

@@ -5,7 +5,7 @@ from statistics import median
 
 import jax
 
-from lora_mini_jax.adapter import Adapter, count, draw
+from lora_mini_jax.adapter import Adapter, count
 from lora_mini_jax.best import Best
 from lora_mini_jax.calibration import calibrate
 from lora_mini_jax.choice import agreed
@@ -53,7 +53,7 @@ def finetune(options: Finetune, say: Log = print) -> Row:
     steps = total_steps(options, len(task.train))
     before = task.samples(None)
     sites = of_length(task.sites, steps, options.parsed_settings())
-    adapter = devices.adapter(draw(task.params, sites, options.seed))
+    adapter = devices.draw(task.params, sites, options.seed)
     first = (devices.batch(task.train, i) for i in range(min(CALIBRATION_BATCHES, steps)))
     adapter = calibrate(adapter, task.params, task.loss, first, has_aux=True)
     adapter = searched(options, folder, task, adapter, steps, say)

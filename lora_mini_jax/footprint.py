@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -83,10 +84,10 @@ def footprint(
         mesh: as from `sharding.make_mesh`.
         rules: as for `sharding.of_params`.
     """
-    params = _placed(params, sharding.of_params(mesh, params, targets, rules))
+    params = placed(params, sharding.of_params(mesh, params, targets, rules))
     state = jax.eval_shape(lambda p: TrainState.create(draw(p, sites, 0), tx), params)
-    state = _placed(state, _of_state(mesh, state, tx, rules))
-    batch = _placed(batch, jax.tree.map(lambda _: sharding.of_batch(mesh), batch))
+    state = placed(state, _of_state(mesh, state, tx, rules))
+    batch = placed(batch, jax.tree.map(lambda _: sharding.of_batch(mesh), batch))
     step = make_train_step(loss_fn, tx, has_aux=has_aux, parts=parts, like=state)
     traced = step.trace(state, params, batch)
     compiled = traced.lower().compile(AS_ON_ACCELERATORS if _on_cpu(mesh) else None)
@@ -102,6 +103,18 @@ def footprint(
         flops=dot_flops(traced.jaxpr),
         exchanged=dict(exchanged),
     )
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """The shapes and dtypes of a tree with shardings, of which one may be for several leaves: those
+    of a quantised kernel."""
+
+    def place(of: NamedSharding, part: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=of), part
+        )
+
+    return jax.tree.map(place, shardings, tree)
 
 
 def _on_cpu(mesh: Mesh) -> bool:
@@ -125,14 +138,11 @@ def _of_state(
     return TrainState(whole, adapter, opt_state, whole)  # ty: ignore[invalid-argument-type]
 
 
-def _placed(tree: Any, shardings: Any) -> Any:
-    """The shapes and dtypes of a tree with shardings."""
-    return jax.tree.map(
-        lambda leaf, of: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=of), tree, shardings
-    )
-
-
 def _bytes(tree: Any) -> int:
-    """What the leaves of a placed tree take on one device."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    """What the leaves of a placed tree take on one device, where four bits are half a byte."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        whole = jnp.issubdtype(leaf.dtype, jnp.integer)
+        bits = jnp.iinfo(leaf.dtype).bits if whole else 8 * leaf.dtype.itemsize
+        total += math.ceil(math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits / 8)
+    return total

@@ -4,21 +4,20 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from lora_mini_jax import linen, sharding
-from lora_mini_jax.data import next_tokens, summed
+from lora_mini_jax import sharding
+from lora_mini_jax.abstract_task import abstract_task
+from lora_mini_jax.data import Batches
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.footprint import Footprint, footprint
-from lora_mini_jax.models import Llama
-from lora_mini_jax.models.hub import load_decoder_config
+from lora_mini_jax.footprint import Footprint, footprint, placed
 from lora_mini_jax.options import PlanStep
 from lora_mini_jax.schedule import of_length, optimizer
-from lora_mini_jax.task import all_targets, planned_sites
+from lora_mini_jax.task import all_targets
+from lora_mini_jax.tree import flatten
 
 Report = dict[str, Any]
 STEPS = 1000
@@ -38,28 +37,22 @@ def plan_step(options: PlanStep) -> Report:
     Deep models compile in a minute with ``scan_layers``, and without it layer by layer.
 
     Raises:
-        UserError: a model that cannot be read or is no decoder of Llama's family, kernels that the
-            method cannot adapt, a mesh that the batch cannot be split over, or a quantised base.
+        UserError: what `abstract_task` raises, a mesh that the batch cannot be split over, or a
+            quantised base on one.
     """
-    if options.quantize:
-        raise UserError("a plan is of a dense base: leave --quantize out")
+    if options.quantize and options.mesh:
+        raise UserError("a plan of a quantised base is for one device: leave --mesh out, or plan "
+                        "the dense base without --quantize")  # fmt: skip
     mesh = sharding.make_mesh(options.mesh or "data=1", _simulated(options.mesh))
     sharding.check_rows(mesh, options.batch_size // options.accumulate)
-    model = _model(options)
-    kernels, _ = all_targets(model)
-    sites = of_length(planned_sites(options, model), STEPS, options.parsed_settings())
+    task = abstract_task(options)
+    kernels, _ = all_targets(task.model)
+    if options.mesh:  # which the loss asks the parameters for
+        where = sharding.of_params(mesh, task.params, kernels)
+        task = replace(task, params=placed(task.params, where))
+    sites = of_length(task.sites, STEPS, options.parsed_settings())
     tx = optimizer(options, STEPS, sites, options.lora_plus_ratio)
-    apply = linen.adapt(model)
-
-    def loss(params: Any, adapter: Any, batch: Any, key: Any) -> tuple[Any, Any]:
-        inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
-        total, number = summed(
-            apply(params, adapter, *inputs, labels=next_tokens(batch)).losses, batch
-        )
-        return total / jnp.maximum(number, 1), number
-
-    params = _shapes(model)
-    what = loss, tx, sites, kernels, params, _batch(options), mesh
+    what = task.loss, tx, sites, kernels, task.params, _batch(task.train), mesh
     found = footprint(*what, has_aux=True, parts=options.accumulate)
     return {
         "model": options.model,
@@ -72,7 +65,7 @@ def plan_step(options: PlanStep) -> Report:
         "remat": options.remat,
         "scan_layers": options.scan_layers,
         "trainable": sum(site.n_trainable for site in sites),
-        "model_parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "model_parameters": sum(leaf.size for leaf in flatten(task.params).values()),
         "bytes_per_device": {**_memory(found), "total": found.total},
         "gflop": found.flops / 1e9,
         "exchanged_bytes": found.exchanged,
@@ -109,22 +102,9 @@ def _memory(found: Footprint) -> dict[str, int]:
     }
 
 
-def _model(options: PlanStep) -> Llama:
-    """The model as `devices.reading` has it read."""
-    config, dtype = load_decoder_config(options.model), jnp.dtype(options.dtype)
-    return Llama(config, dtype, dtype, options.scan_layers, options.remat)
-
-
-def _shapes(model: Llama) -> Any:
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-
-
-def _batch(options: PlanStep) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `data.Batches` gives."""
-    shape, kinds = (options.batch_size, options.max_length), {"loss_mask": jnp.bool_}
-    names = ("tokens", "segment_ids", "positions", "loss_mask")
-    return {name: jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.int32)) for name in names}
+def _batch(data: Batches) -> dict[str, jax.ShapeDtypeStruct]:
+    kinds = vars(data.packed)
+    return {n: jax.ShapeDtypeStruct(shape, kinds[n].dtype) for n, shape in data.shapes.items()}
 
 
 def _simulated(mesh: str) -> list[jax.Device]:

@@ -1,6 +1,7 @@
 """The training loop of every run: from the newest checkpoint to the last step."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -45,7 +46,8 @@ def fit(
         options: how often to log, evaluate and save, and the seed.
         folder: the run's.
         task: model, data and loss.
-        adapter: where training starts.
+        adapter: where training starts. Its arrays become the state's, so that nothing is held
+            twice, and are gone after the first step.
         tx: the optimiser.
         steps: how many updates in all.
         say: what to do with a line of text for the user.
@@ -55,14 +57,16 @@ def fit(
         UserError: a loss that is not finite; a damaged checkpoint; a full disk.
     """
     devices = Devices.of(options)
-    state = devices.state(TrainState.create(devices.adapter(adapter), tx, options.seed))
+    adapter = devices.adapter(adapter)
+    state = devices.state(TrainState.create(adapter, tx, options.seed, copy=False))
     every = options.eval_every or task.eval_every
     evaluate = make_evaluate(task, devices)
     step: Any = make_train_step(
         task.loss, tx, has_aux=True, parts=options.accumulate, like=state if devices.mesh else None
     )
     with Checkpoints(folder.checkpoints) as checkpoints:
-        state = checkpoints.restore(state) or state
+        if checkpoints.latest() is not None:
+            state = checkpoints.restore(emptied(state)) or state
         start = int(state.step)
         if start:
             say(f"going on from step {start} of {steps}")
@@ -96,6 +100,26 @@ def fit(
                 checkpoints.wait()
                 best.update(state)
     return state
+
+
+def emptied(state: TrainState) -> TrainState:
+    """The state with shapes for what a checkpoint brings, whose arrays are freed: fresh and read,
+    all of it would be in memory twice."""
+
+    def shape(leaf: jax.Array) -> Any:
+        found = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        leaf.delete()
+        return found
+
+    adapter, frozen = state.adapter, dict(state.adapter.frozen)
+    for site in adapter.sites:
+        if not site.owner:
+            own = frozen[site.target.path]
+            moved = {name: shape(own[name]) for name in site.method.stored}
+            frozen[site.target.path] = own | moved
+    trainable, opt_state = jax.tree.map(shape, (adapter.trainable, state.opt_state))
+    adapter = replace(adapter, trainable=trainable, frozen=frozen)
+    return replace(state, adapter=adapter, opt_state=opt_state)
 
 
 def make_evaluate(task: Task, devices: Devices = ONE) -> Callable[[Adapter], Row]:

@@ -40,18 +40,30 @@ class TrainState:
 
     @classmethod
     def create(
-        cls, adapter: Adapter, tx: optax.GradientTransformation, key: jax.Array | int = 0
+        cls,
+        adapter: Adapter,
+        tx: optax.GradientTransformation,
+        key: jax.Array | int = 0,
+        *,
+        copy: bool = True,
     ) -> "TrainState":
         """A state at step 0. Adapter and key are copied: the step donates the state's buffers, and
         those you hold stay yours.
+
+        Args:
+            adapter: where training starts.
+            tx: the optimiser.
+            key: what each step's randomness comes from.
+            copy: False gives the adapter's own arrays away, and saves the memory for them a second
+                time: the first step deletes them, so use the state's adapter from then on.
 
         Raises:
             UserError: an adapter whose frozen factors come from data and have not been made yet.
         """
         _check_calibrated(adapter)
         key = jnp.copy(jax.random.key_data(as_key(key)))
-        copied = jax.tree.map(jnp.copy, adapter)
-        return cls(jnp.zeros((), jnp.int32), copied, tx.init(copied.trainable), key)
+        own = jax.tree.map(jnp.copy, adapter) if copy else adapter
+        return cls(jnp.zeros((), jnp.int32), own, tx.init(own.trainable), key)
 
 
 class Metrics(NamedTuple):

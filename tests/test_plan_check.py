@@ -7,9 +7,6 @@ from pathlib import Path
 import pytest
 
 from experiments.plan_check import CHECKS, SHAPE, check
-from lora_mini_jax import UserError
-from lora_mini_jax.forecast import plan_step
-from lora_mini_jax.options import PlanStep
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a "
                     "process can only be forgotten on Linux")  # fmt: skip
 def test_the_plan_of_full_fine_tuning_is_within_15_percent_of_the_peak():
-    found = check(SHAPE, CHECKS["full fine-tuning"])
-    assert 300e6 < found["measured"] < 1e9
+    found = check(SHAPE | {"num_hidden_layers": 2}, CHECKS["full fine-tuning"])
+    assert 250e6 < found["measured"] < 500e6
     assert 0.85 < found["planned_over_measured"] < 1.15
 
 
@@ -27,8 +24,3 @@ def test_the_committed_checks_are_within_15_percent():
     found = json.loads((ROOT / "experiments/results/plan_check.json").read_text())
     assert found.keys() == CHECKS.keys()
     assert all(0.85 < row["planned_over_measured"] < 1.15 for row in found.values())
-
-
-def test_a_quantised_base_is_refused():
-    with pytest.raises(UserError, match="leave --quantize out"):
-        plan_step(PlanStep(quantize="nf4"))

@@ -1,0 +1,88 @@
+"""The task that `task.prepare` would read, of shapes alone: no weights, no tokenizer, no data.
+
+Its loss is the very one that is trained, and its rows are made by what makes those of the data.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_mini_jax import linen
+from lora_mini_jax.data import Batches, Example, Labelled, pack
+from lora_mini_jax.data.pair_rows import pair_rows
+from lora_mini_jax.data.pairs import Pair
+from lora_mini_jax.head import Head
+from lora_mini_jax.label_task import LabelTask, check_rows
+from lora_mini_jax.language_task import LanguageTask, check_length
+from lora_mini_jax.models.families import family_of_module
+from lora_mini_jax.models.hub import load_decoder_config, load_module, resolve
+from lora_mini_jax.models.t5 import T5
+from lora_mini_jax.options import Finetune
+from lora_mini_jax.quantized import quantize
+from lora_mini_jax.selection import select
+from lora_mini_jax.seq2seq_task import Seq2SeqTask
+from lora_mini_jax.task import Task, planned
+
+NONE: Any = None
+"""For the tokenizer, which no loss asks for."""
+
+
+def abstract_task(options: Finetune) -> Task:
+    """The task of these options with shapes for parameters, from ``config.json`` alone.
+
+    Its data is one row as long as ``max_length`` lets rows be; those of real data that is shorter
+    are shorter too where texts are labelled or answered. Where neither ``labels`` nor ``glue``
+    names the classes there are as many as ``config.json`` says.
+
+    Raises:
+        UserError: a model that cannot be read, is not for the task or for rows so long; kernels
+            that the method cannot adapt.
+    """
+    folder = resolve(options.model)
+    if options.task != "language":
+        return _labelled(options, folder)
+    module = load_module(folder)
+    kind, rows = (Seq2SeqTask, _pair) if type(module) is T5 else (LanguageTask, _text)
+    if kind is LanguageTask:
+        check_length(options.max_length, load_decoder_config(folder))
+    return kind(*_parts(options, module, rows(options.max_length)), tokenizer=NONE, prompts=[])
+
+
+def _labelled(options: Finetune, folder: Path) -> Task:
+    length, fields = options.max_length, options.text_fields
+    head = Head(options.task, options.labels, fields, length, options.seed)
+    module, kind = head.module(folder), np.float32 if options.task == "regression" else np.int32
+    ids = (np.zeros((1, length), np.int32) for _ in range(3))
+    rows = Labelled(*ids, np.zeros(1, kind), np.zeros(1, bool))
+    check_rows(module, NONE, rows)
+    return LabelTask(*_parts(options, module, rows), head)
+
+
+def _parts(options: Finetune, module: Any, rows: Any) -> tuple[Any, ...]:
+    """What every task has: model, parameters, sites, data twice, and no notes."""
+    dtype = jnp.dtype(options.dtype)
+    how = {"dtype": dtype, "param_dtype": dtype, "scan_layers": options.scan_layers}
+    model = module.clone(**how, remat=options.remat)
+    data = Batches(rows, options.batch_size, options.seed)
+    return model, _params(options, model), planned(options), data, data, []
+
+
+def _params(options: Finetune, model: Any) -> Any:
+    """Shapes and dtypes, as `devices.reading` has the parameters read."""
+    family, bits = family_of_module(model), options.quantize
+    shapes = family.shapes(model)
+    if bits is None:
+        return shapes
+    kernels = select(linen.targets(model, shapes, *family.inputs()), "all-linear")
+    return jax.eval_shape(lambda params: quantize(params, kernels, bits), shapes)
+
+
+def _text(length: int) -> Any:
+    return pack([Example(np.zeros(length, np.int32), np.ones(length, bool))], length)
+
+
+def _pair(length: int) -> Any:
+    return pair_rows([Pair(*np.zeros((2, length), np.int32))], max_length=length)
