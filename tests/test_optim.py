@@ -210,8 +210,9 @@ def test_forgotten_entries_take_the_first_step_of_a_new_run_and_held_ones_wait()
     tx: Any = optax.chain(scale_by_element_adam(kernels={"up"}), optax.scale(1.0))
     params = tree(up=np.zeros((2, 2)), down=np.zeros(3))
     state, g = tx.init(params), tree(up=np.full((2, 2), 0.5), down=np.full(3, 0.5))
+    update = jax.jit(tx.update)
     for _ in range(200):
-        _, state = tx.update(g, state)
+        _, state = update(g, state)
     afresh = {"up": {"A": jnp.array([[True, False], [False, False]])},
               "down": {"A": jnp.zeros(3, bool)}}  # fmt: skip
     state = forget(tx, state, afresh)
