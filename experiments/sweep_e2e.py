@@ -89,6 +89,8 @@ def configurations(widest: bool) -> list[Configuration]:
             lora(2), mini(8, 32, 32, "gradient"), mini(8, 32, 32, "orthogonal"),
             *(mini(4, 32, 32, init) for init in every[4:]),
             lora(8, base="random"), mini(4, 32, 32, "orthogonal", "random"),
+            mini(1, 32, 32, "gradient"), mini(4, 64, 64, "gradient"), mini(8, 64, 64, "gradient"),
+            lora(4),
         ]  # fmt: skip
     shapes = [(2, 32, 32), (1, 32, 32), (1, 64, 64), (4, 16, 16)]
     own = [mini(*shape, init) for shape in shapes for init in every[:5]]
