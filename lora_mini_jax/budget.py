@@ -12,8 +12,9 @@ def within(method: Method, targets: Iterable[Target], budget: int) -> tuple[Site
     """Sites with the largest size of the method that trains at most ``budget`` parameters in all.
 
     Every kernel gets the same size, cut where a kernel is smaller (`Method.sized`): for most
-    methods that is the rank; for LoRA-Mini it is ``a`` and ``b``, at the rank that it has. Sizes
-    that do not fit some kernel, a rank that must divide it for one, are passed over.
+    methods that is the rank; for LoRA-Mini it is ``a`` and ``b``, and a rank in proportion. Sizes
+    that do not fit some kernel, a rank that must divide it for one, are passed over. A budget above
+    what the largest size trains gives the largest.
 
     Args:
         method: with all other settings as they are to be.
@@ -25,9 +26,9 @@ def within(method: Method, targets: Iterable[Target], budget: int) -> tuple[Site
 
     Example:
         >>> from lora_mini_jax.methods import LoRAMini
-        >>> (site,) = within(LoRAMini(rank=2), [Target("up/kernel", (256, 512))], 300)
-        >>> site.method.a, site.method.b, site.n_trainable
-        (75, 75, 300)
+        >>> (site,) = within(LoRAMini(), [Target("up/kernel", (256, 512))], 300)
+        >>> site.method.rank, site.method.a, site.method.b, site.n_trainable
+        (4, 37, 37, 296)
     """
     targets = tuple(targets)
     most = max((max(t.n_in, t.n_out) for t in targets), default=0)

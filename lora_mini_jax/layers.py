@@ -1,22 +1,27 @@
 """Which layer of the model a kernel belongs to, by its path; and a softmax over each layer."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+_LAYER = re.compile(r"((^|_)|layers?|blocks?|stages?|^h)\d+$")
 
 
 def place(path: str) -> tuple[str, str]:
     """The row and column of a kernel where a model is seen as layers by modules.
 
-    The row is the layer: the path up to the first name that ends in a number, empty where none
-    does. The column is the path without that name.
+    The row is the layer: the path up to the first name that is a number, or a word and a number
+    (``h_3``, ``layer3``; of a model's name, ``gpt2``, that is not so); empty where there is none.
+    The column is the path without that name.
 
     Example:
-        >>> place("layers_3/mlp/up_proj/kernel")
-        ('layers_3', 'mlp/up_proj/kernel')
+        >>> place("gpt2/h_3/mlp/c_fc/kernel")
+        ('gpt2/h_3', 'gpt2/mlp/c_fc/kernel')
     """
     names = path.split("/")
-    layer = next((i for i, name in enumerate(names) if name[-1:].isdigit()), None)
+    layer = next((i for i, name in enumerate(names) if _LAYER.search(name)), None)
     if layer is None:
         return "", path
     return "/".join(names[: layer + 1]), "/".join(names[:layer] + names[layer + 1 :])

@@ -51,7 +51,7 @@ class Product(Method):
         return float32(merged) - self.update(factors)
 
     def sized(self, size: int, n_in: int, n_out: int) -> Method:
-        return replace(self, rank=max(size, self.least_rank))
+        return replace(self, rank=max(min(size, n_in, n_out), self.least_rank))
 
     def problems(self, n_in: int, n_out: int) -> list[str]:
         if self.rank > min(n_in, n_out):

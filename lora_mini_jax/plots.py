@@ -20,8 +20,8 @@ def loss_curves(
         name: of what is drawn.
     """
     figure, axes = _figure(7.5, 4)
-    for i, (name, (steps, losses)) in enumerate(curves.items()):
-        axes.plot(steps, losses, color=f"C{i}", lw=1.3, label=name)
+    for i, (run, (steps, losses)) in enumerate(curves.items()):
+        axes.plot(steps, losses, color=f"C{i}", lw=1.3, label=run)
     for i, (steps, losses) in enumerate(held_out.values()):
         axes.plot(steps, losses, "o--", color=f"C{i}", ms=4, lw=0.8)
     axes.set_xlabel("step")
@@ -45,8 +45,8 @@ def loss_against(
         name: of the second of each pair of numbers, where that is not the loss.
     """
     figure, axes = _figure(7.5, 4)
-    for i, (name, (costs, losses)) in enumerate(points.items()):
-        axes.plot(costs, losses, "os^v"[i // 10 % 4], color=f"C{i}", label=name, alpha=0.8)
+    for i, (run, (costs, losses)) in enumerate(points.items()):
+        axes.plot(costs, losses, "os^v"[i // 10 % 4], color=f"C{i}", label=run, alpha=0.8)
     axes.axhline(before, color="0.6", lw=0.8, ls=":", label="before training")
     _log_axis(axes.xaxis)
     axes.set_xlabel(cost)

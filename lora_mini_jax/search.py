@@ -15,8 +15,9 @@ import optax
 from lora_mini_jax.adapter import Adapter, as_key
 from lora_mini_jax.data import Batches
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.gradient import LossFn, accumulated, gradient
 from lora_mini_jax.methods.diffora import GATE
-from lora_mini_jax.train import LossFn, TrainState
+from lora_mini_jax.train import TrainState, jitted
 
 
 class SearchMetrics(NamedTuple):
@@ -72,6 +73,8 @@ def make_search_step(
     tx_gate: optax.GradientTransformation,
     *,
     has_aux: bool = False,
+    parts: int = 1,
+    like: TrainState | None = None,
 ) -> jax.stages.Wrapped:
     """A jitted ``step(state, params, train_batch, valid_batch) -> (state, metrics)``, traced once.
 
@@ -83,7 +86,7 @@ def make_search_step(
         loss_fn: ``loss_fn(params, adapter, batch, key)``, a scalar, or with ``has_aux`` a pair.
         tx_inner: optimiser of all that is not a gate.
         tx_gate: optimiser of the gates.
-        has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+        has_aux, parts, like: as for `make_train_step`.
 
     Example:
         >>> import flax.linen as nn
@@ -106,24 +109,26 @@ def make_search_step(
         gates, inner = _apart(state.adapter.trainable)
         gate_state, inner_state = state.opt_state
 
-        def loss_of(gates: Any, inner: Any, batch: Any, key: jax.Array) -> jax.Array:
-            out = loss_fn(params, state.adapter.with_trainable(_joined(gates, inner)), batch, key)
-            return out[0] if has_aux else out
+        def gradients(batch: Any, key: jax.Array) -> tuple[jax.Array, Any, Any]:
+            adapter = state.adapter.with_trainable(_joined(gates, inner))
+            given = loss_fn, adapter, params, batch, key, has_aux
+            loss, _, grads = gradient(*given) if parts == 1 else accumulated(*given, parts)
+            return loss, *_apart(grads)  # what is not used is not computed
 
         def moved(tx: Any, grads: Any, opt_state: Any, leaves: Any) -> tuple[Any, Any]:
             updates, opt_state = tx.update(grads, opt_state, leaves)
             return optax.apply_updates(leaves, updates), opt_state
 
-        gate_loss, grads = jax.value_and_grad(loss_of)(gates, inner, valid_batch, gate_key)
+        gate_loss, grads, _ = gradients(valid_batch, gate_key)
         gates, gate_state = moved(tx_gate, grads, gate_state, gates)
-        loss, grads = jax.value_and_grad(loss_of, 1)(gates, inner, train_batch, inner_key)
+        loss, _, grads = gradients(train_batch, inner_key)
         inner, inner_state = moved(tx_inner, grads, inner_state, inner)
         after = state.adapter.with_trainable(_joined(gates, inner))
         opt_state = gate_state, inner_state
         metrics = SearchMetrics(loss, gate_loss)
         return TrainState(state.step + 1, after, opt_state, state.key), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jitted(step, like)
 
 
 def _apart(trainable: Any) -> tuple[Any, Any]:

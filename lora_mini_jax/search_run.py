@@ -79,9 +79,13 @@ def search(
     train, valid = halves(task.train, options.seed)
     tx = optimizer(options, steps, adapter.sites, options.lora_plus_ratio)
     tx_gate = optax.adam(method.gate_learning_rate)
-    step = make_search_step(task.loss, tx, tx_gate, has_aux=True)
-    state, pending, began = search_state(adapter, tx, tx_gate, options.seed), [], time.monotonic()
     devices = Devices.of(options)
+    state = devices.state(search_state(devices.adapter(adapter), tx, tx_gate, options.seed))
+    like = state if devices.mesh else None
+    step = make_search_step(
+        task.loss, tx, tx_gate, has_aux=True, parts=options.accumulate, like=like
+    )
+    pending, began = [], time.monotonic()
     before = {"step": -steps, **make_evaluate(task, devices)(adapter), "seconds": 0.0}
     folder.rewind(-steps - 1)
     folder.log([before])

@@ -1,5 +1,6 @@
 """The training step: pure, traced once, with the gradient taken in the trained leaves alone."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -125,6 +126,11 @@ def make_train_step(
         )
         return TrainState(state.step + 1, after, opt_state, state.key), Metrics(loss, norm, aux)
 
+    return jitted(step, like)
+
+
+def jitted(step: Callable[..., Any], like: TrainState | None) -> jax.stages.Wrapped:
+    """A step from states to states, donated; on a mesh every later state is sharded as ``like``."""
     if like is None:
         return jax.jit(step, donate_argnums=0)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)

@@ -51,13 +51,22 @@ def test_the_largest_size_that_fits(method: Any, budget: int):
     assert sum(site.n_trainable for site in sites) == max(n for n in counts if n <= budget)
 
 
-def test_lora_mini_is_cut_where_a_kernel_is_narrow_and_keeps_its_rank():
-    sites: Any = within(LoRAMini(rank=2), TARGETS, 1_100)
-    assert {site.method.rank for site in sites} == {2}
-    widths = {site.target.path: (site.method.a, site.method.b) for site in sites}
-    wide = widths["layers_0/q/kernel"]
-    assert widths["layers_1/k/kernel"] == (wide[0], 16)
-    assert wide[0] == wide[1] > 16
+@pytest.mark.parametrize(("budget", "rank"), [(1_100, 2), (90_000, 20)])
+def test_lora_mini_gets_a_rank_in_proportion_and_is_cut_where_a_kernel_is_narrow(budget, rank):
+    sites: Any = within(LoRAMini(), TARGETS, budget)
+    methods = {site.target.path: site.method for site in sites}
+    wide, narrow = methods["layers_0/q/kernel"], methods["layers_1/k/kernel"]
+    assert wide.rank == rank
+    assert (narrow.a, narrow.b, narrow.rank) == (wide.a, 16, min(16, rank))
+    assert wide.a == wide.b == (64 if rank == 20 else 8 * rank + wide.a % 8)
+    within_it = sum(site.n_trainable for site in sites)
+    assert 0.8 * min(budget, within_it) <= within_it <= budget
+
+
+def test_a_narrow_kernel_does_not_hold_the_others_back():
+    targets = (Target("a", (64, 64)), Target("b", (64, 8)), Target("c", (64, 160)))
+    sites: Any = within(LoRA(), targets, 10**6)
+    assert [site.method.rank for site in sites] == [64, 8, 64]
 
 
 def test_a_method_without_a_size_is_refused():
@@ -67,11 +76,10 @@ def test_a_method_without_a_size_is_refused():
 
 def test_inspect_proposes_sizes_for_a_budget(tmp_path, capsys):
     model = str(write_model(tmp_path / "model"))
-    main(["inspect", "--model", model, "--method", "lora-mini", "--rank", "2", "--budget", "600",
-          "--json"])  # fmt: skip
+    main(["inspect", "--model", model, "--method", "lora-mini", "--budget", "600", "--json"])
     report = json.loads(capsys.readouterr().out)
-    assert 500 < report["trainable"] <= 600
-    assert all(k["settings"]["rank"] == 2 and k["settings"]["a"] > 8 for k in report["kernels"])
+    assert 450 < report["trainable"] <= 600
+    assert all(k["settings"]["rank"] == 2 and k["settings"]["a"] > 16 for k in report["kernels"])
     with pytest.raises(SystemExit):
         main(["inspect", "--model", model, "--method", "lora", "--budget", "10"])
     assert "lora cannot train as few as 10 parameters" in capsys.readouterr().err

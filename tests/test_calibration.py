@@ -137,7 +137,7 @@ def test_a_method_that_needs_no_data_runs_nothing():
 def test_no_batch_and_tables_are_refused():
     at = setup()
     method = LoRAMini(rank=2, a=4, b=5, outer_init="gradient")
-    with pytest.raises(UserError, match=r"embed.*cannot come from data"):
+    with pytest.raises(UserError, match=r"embed.*are not made from data"):
         init(at.params, method, at.targets)
     adapter = init(at.params, method, select(at.targets))
     with pytest.raises(UserError, match="at least one batch"):

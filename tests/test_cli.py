@@ -156,6 +156,8 @@ def test_compare_runs_methods_and_seeds(place, capsys):
         (["compare", "--data", "x", "--methods", "magic"], "choose one of"),
         (["compare", "--data", "x", "--methods", "lora:rank"], "lora-mini:rank=4"),
         (["compare", "--data", "x", "--methods", "lora:rank=x"], "rank is 'x'"),
+        (["finetune", "--data", "x", "--method", "vera", "--lora-plus-ratio", "2"], "trains b, d"),
+        (["inspect", "--target-modules", "embed_tokens"], "take outer_init orthogonal"),
     ],
 )
 def test_a_wrong_option_is_one_line(capsys, argv, said):

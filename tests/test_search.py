@@ -387,7 +387,7 @@ def test_a_run_searches_and_ends_with_an_ordinary_adapter(finished, place):
     assert np.ptp([gate for row in matrix["gates"] for gate in row]) > 0.01, "the gates moved"
     _, params = load_model(given.model)
     adapter = load(place / "whole" / "adapter", params)
-    inner = from_dict({"method": "lora-mini", "rank": 2, "a": 8, "b": 8})
+    inner = from_dict({"method": "lora-mini", "rank": 2, "a": 8, "b": 8}, with_data=True)
     assert {site.method for site in adapter.sites} == {inner}
     assert summary["settings"] == [inner.to_dict()]
     assert len(adapter.sites) == 8

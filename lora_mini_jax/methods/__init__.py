@@ -48,9 +48,9 @@ def method_class(name: str) -> type[Method]:
     return METHODS[name]
 
 
-def from_dict(record: dict[str, Any]) -> Method:
+def from_dict(record: dict[str, Any], *, with_data: bool = False) -> Method:
     """The inverse of `Method.to_dict`. A missing field takes its default; a method within a method
-    may be a dict or a spec.
+    may be a dict or a spec. ``with_data`` means the defaults where there is data to train on.
 
     Raises:
         UserError: an unknown method or field, or a value of the wrong type.
@@ -64,8 +64,9 @@ def from_dict(record: dict[str, Any]) -> Method:
     hints = get_type_hints(cls)
     for name, value in settings.items():
         if hints.get(name) is Method and isinstance(value, str | dict):
-            settings[name] = from_spec(value) if isinstance(value, str) else from_dict(value)
-    return cls(**cls.checked(settings))
+            inner = of_spec(value) if isinstance(value, str) else value
+            settings[name] = from_dict(inner, with_data=with_data)
+    return cls(**cls.checked((cls.with_data(settings) if with_data else {}) | settings))
 
 
 def from_spec(text: str) -> Method:
@@ -78,5 +79,10 @@ def from_spec(text: str) -> Method:
         >>> from_spec("lora:rank=4").n_trainable(64, 32)
         384
     """
+    return from_dict(of_spec(text))
+
+
+def of_spec(text: str) -> dict[str, Any]:
+    """The record that a method's name and settings in words stand for."""
     name, settings = split_spec(text)
-    return from_dict({**settings, "method": name})
+    return {**settings, "method": name}

@@ -98,8 +98,8 @@ class AdaLoRA(LowRank):
         return self.rank * (n_in + n_out + 1)
 
     def sized(self, size: int, n_in: int, n_out: int) -> Method:
-        target = max(1, round(size * self.target_rank / self.rank))
-        return replace(self, rank=size, target_rank=target)
+        rank = min(size, n_in, n_out)
+        return replace(self, rank=rank, target_rank=-(-rank * self.target_rank // self.rank))
 
     def penalty(self, factors: Factors) -> jax.Array | float:
         with jax.default_matmul_precision("highest"):

@@ -135,7 +135,7 @@ class DiffoRA(Method):
 
     def problems(self, n_in: int, n_out: int) -> list[str]:
         found = self.inner.problems(n_in, n_out)
-        if not found and self.inner.reads_kernel(n_in, n_out):
+        if self.inner.reads_kernel:
             found.append(f"the update of {self.inner.name} depends on the kernel: no gate for it")
         return found
 

@@ -39,6 +39,7 @@ class DoRA(LowRank):
     """
 
     name = "dora"
+    reads_kernel = True
 
     def init(self, key: jax.Array, kernel: jax.Array) -> tuple[Factors, Factors]:
         n_in, n_out = kernel.shape
@@ -81,4 +82,5 @@ class DoRA(LowRank):
     def _gain(self, kernel: jax.Array, factors: Factors) -> jax.Array:
         """``magnitude / ||V||`` for every output, the norm a constant. float32 ``(out,)``."""
         direction = jax.lax.stop_gradient(float32(kernel) + self.update(factors))
-        return factors["magnitude"] / jnp.linalg.norm(direction, axis=0)
+        norm = jnp.linalg.norm(direction, axis=0)
+        return factors["magnitude"] / jnp.where(norm == 0, 1.0, norm)  # a column of zeros stays

@@ -13,6 +13,10 @@ from lora_mini_jax.errors import UserError
 from lora_mini_jax.low_rank import LowRank
 from lora_mini_jax.method import Factors, Method, uniform
 
+WIDTH = 8
+"""Of ``a`` and ``b`` for each rank where a budget decides: of one count, the best of 2, 8, 32 and
+128 (experiments/results/sweep_wide.json)."""
+
 
 @dataclass(frozen=True)
 class LoRAMini(LowRank):
@@ -110,7 +114,7 @@ class LoRAMini(LowRank):
 
     def sized(self, size: int, n_in: int, n_out: int) -> Method:
         a, b = (min(size, self._widest(n_in, n_out, side)) for side in (n_in, n_out))
-        return replace(self, rank=min(self.rank, a, b), a=a, b=b)
+        return replace(self, rank=min(max(1, size // WIDTH), a, b), a=a, b=b)
 
     def problems(self, n_in: int, n_out: int) -> list[str]:
         found = super().problems(n_in, n_out)

@@ -60,6 +60,10 @@ class MiSS(Method):
         shapes = {"miss": (r, n_out), "mini": (r, self.mini_rank), "bat": (n_out // r, r, r)}
         return {"D": jnp.zeros(shapes[self.mode], jnp.float32)}, {}
 
+    @property
+    def reads_kernel(self) -> bool:
+        return self.mode == "bat"
+
     def delta(self, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
         d = factors["D"].astype(x.dtype)
         if self.mode == "bat":
@@ -89,12 +93,11 @@ class MiSS(Method):
         return self.rank * (self.mini_rank if self.mode == "mini" else n_out)
 
     def thin(self, factors: Factors, n_in: int, n_out: int) -> tuple[jax.Array, jax.Array] | None:
-        rows = jax.nn.one_hot(jnp.arange(n_in) % self.rank, self.rank)
-        d = factors["D"]
+        rows, d = jax.nn.one_hot(jnp.arange(n_in) % self.rank, self.rank), factors["D"]
         return None if self.mode == "bat" else (rows, jnp.tile(d, (1, n_out // d.shape[1])))
 
     def sized(self, size: int, n_in: int, n_out: int) -> Method:
-        return replace(self, rank=size)
+        return replace(self, rank=min(size, n_in))
 
     def problems(self, n_in: int, n_out: int) -> list[str]:
         r, found = self.rank, []

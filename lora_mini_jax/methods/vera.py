@@ -1,13 +1,13 @@
 """VeRA (Kopiczko et al., arXiv 2310.11454): two trained vectors between shared random factors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.checks import require_number
 from lora_mini_jax.low_rank import Product
-from lora_mini_jax.method import Factors, uniform
+from lora_mini_jax.method import Factors, Method, uniform
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ class VeRA(Product):
 
     def n_trainable(self, n_in: int, n_out: int) -> int:
         return self.rank + n_out
+
+    def sized(self, size: int, n_in: int, n_out: int) -> Method:
+        return replace(self, rank=size)  # of all kernels the same, for they share their matrices
 
     def problems(self, n_in: int, n_out: int) -> list[str]:
         return []

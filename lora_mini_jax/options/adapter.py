@@ -70,11 +70,9 @@ class AdapterOptions(MethodOptions):
     def adapter_method(self) -> "Method":
         """The method with the given settings, and with what it does better where there is data to
         train on."""
-        from lora_mini_jax.methods import from_dict, method_class
+        from lora_mini_jax.methods import from_dict
 
-        given = self.parsed_settings()
-        with_data = method_class(self.method).with_data(given)
-        return from_dict({**with_data, **given, "method": self.method})
+        return from_dict({**self.parsed_settings(), "method": self.method}, with_data=True)
 
     def parsed_overrides(self) -> dict[str, dict[str, Any]]:
         """``overrides`` as a dict of dicts."""

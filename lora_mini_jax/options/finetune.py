@@ -85,6 +85,9 @@ class Finetune(Training, AdapterOptions, LabelOptions):
         super().__post_init__()
         self.settle(self.eval_every)
         self.record_fields()
+        if self.lora_plus_ratio != 1 and "B" not in (names := self.adapter_method().trained()):
+            raise UserError(f"--lora-plus-ratio is for methods that train a B; {self.method} "
+                            f"trains {', '.join(sorted(names))}: leave it out")  # fmt: skip
 
     def record_fields(self) -> "Fields":
         """Which fields of a record hold what."""

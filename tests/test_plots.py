@@ -1,0 +1,18 @@
+"""What the pictures say in words."""
+
+import re
+
+from lora_mini_jax.plots import loss_against, loss_curves
+
+
+def words(svg: str) -> list[str]:
+    """The texts of a picture: matplotlib leaves each as a comment beside its outlines."""
+    return re.findall(r"<!-- (.*?) -->", svg)
+
+
+def test_axes_are_named_after_what_is_drawn_and_runs_are_in_the_legend():
+    curves = {"lora": ([1, 2], [3.0, 2.0]), "miss": ([1, 2], [3.0, 2.5])}
+    found = words(loss_curves(curves, curves, "accuracy"))
+    assert {"accuracy; dots: held out", "lora", "miss", "step"} <= set(found)
+    found = words(loss_against("trained parameters", curves, 4.0, "held-out accuracy"))
+    assert {"held-out accuracy", "trained parameters", "lora", "miss"} <= set(found)
