@@ -16,8 +16,7 @@ from lora_mini_jax.data import Batches
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.options import Finetune, Training
 from lora_mini_jax.plan import Site
-from lora_mini_jax.quantized import quantized
-from lora_mini_jax.selection import select
+from lora_mini_jax.quantized import quantizer
 from lora_mini_jax.train import TrainState
 from lora_mini_jax.tree import Target, flatten
 
@@ -83,9 +82,4 @@ def reading(options: Finetune, module: nn.Module) -> dict[str, Any]:
     shapes = family.shapes(module)
     kernels = linen.targets(module, shapes, *family.inputs())
     places = flatten(devices.params(shapes, kernels) or {})
-    small = {target.path: target for target in select(kernels, "all-linear")} if bits else {}
-
-    def convert(path: str, array: jax.Array) -> Any:
-        return quantized(array, small[path], bits) if bits and path in small else array
-
-    return how | {"sharding": places.get, "convert": convert}
+    return how | {"sharding": places.get, "convert": quantizer(kernels, bits) if bits else None}

@@ -13,6 +13,9 @@ from lora_mini_jax.files import read_object
 from lora_mini_jax.models import load
 from lora_mini_jax.models.families import FAMILIES, family_of
 from lora_mini_jax.models.fresh import asked
+from lora_mini_jax.models.hub import load_module
+from lora_mini_jax.quantized import quantizer
+from lora_mini_jax.task import all_targets
 
 HEADS = {"classification": "sequence-classification", "regression": "regression"}
 """What a model's head is called, by task."""
@@ -90,8 +93,12 @@ def head_of(adapter: str | Path) -> Head | None:
 
 def load_for(adapter: str | Path, folder: Path) -> tuple[Any, Any]:
     """The base in ``folder`` as the adapter was trained on it, before any training: with its head,
-    and its layers stacked if they were; the model and its parameters."""
-    head, sites = head_of(adapter), storage.record_of(adapter).sites
-    stacked = any(site.target.stack for site in sites)
-    read = load if head is None else head.load
-    return read(folder, scan_layers=stacked)
+    its layers stacked and its kernels quantised if they were; the model and its parameters."""
+    head, record = head_of(adapter), storage.record_of(adapter)
+    stacked = any(site.target.stack for site in record.sites)
+    how: dict[str, Any] = {"scan_layers": stacked}
+    if record.quantized:
+        module = load_module(folder) if head is None else head.module(folder)
+        kernels, _ = all_targets(module.clone(scan_layers=stacked))
+        how["convert"] = quantizer(kernels, record.quantized, record.dtype)
+    return load(folder, **how) if head is None else head.load(folder, **how)

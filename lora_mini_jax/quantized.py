@@ -11,7 +11,8 @@ one layer.
 Not imported by ``import lora_mini_jax``: write ``from lora_mini_jax import quantized``.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -20,6 +21,7 @@ from flax import struct
 from flax.core import meta
 
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.selection import select
 from lora_mini_jax.tree import Target, check_fit, flatten, unflatten
 
 Bits = Literal["int8", "nf4"]
@@ -35,10 +37,12 @@ class Quantized(meta.AxisMetadata):
     Attributes:
         array: qwix's array of values and scales, in the kernel's shape.
         dtype: of the dense kernel.
+        bits: see `Bits`.
     """
 
     array: Any
     dtype: Any = struct.field(pytree_node=False)
+    bits: Bits = struct.field(pytree_node=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,6 +103,27 @@ def quantize(params: Mapping[str, Any], targets: Iterable[Target], bits: Bits) -
     return unflatten(flat)
 
 
+def quantizer(
+    kernels: Iterable[Target], bits: Bits, dtype: Any = None
+) -> Callable[[str, jax.Array], Any]:
+    """What ``models.load`` takes as ``convert`` to quantise every linear kernel as it is read.
+
+    Args:
+        kernels: all of the model.
+        bits: see `Bits`.
+        dtype: what the kernels are rounded to before; None leaves them as they are.
+    """
+    small = {target.path: target for target in select(kernels, "all-linear")}
+
+    def convert(path: str, array: jax.Array) -> Any:
+        if path not in small:
+            return array
+        found = quantized(array if dtype is None else array.astype(dtype), small[path], bits)
+        return replace(found, dtype=array.dtype)
+
+    return convert
+
+
 def quantized(kernel: jax.Array, target: Target, bits: Bits) -> Quantized:
     """One kernel quantised; errors as `quantize`."""
     try:
@@ -120,4 +145,4 @@ def quantized(kernel: jax.Array, target: Target, bits: Bits) -> Quantized:
         jnp.asarray(kernel, jnp.float32), bits if bits == "nf4" else jnp.int8,
         channelwise_axes=channels, tiled_axes=tiles,
     )  # fmt: skip
-    return Quantized(array, kernel.dtype)
+    return Quantized(array, kernel.dtype, bits)

@@ -41,6 +41,7 @@ def to_text(
         "format": FORMAT,
         "base": base,
         **({} if dtype == "float32" else {"dtype": dtype}),
+        **({} if (bits := bits_of(params)) is None else {"quantized": bits}),
         **({} if task is None else {"task": dict(task)}),
         "key": on_host(adapter.key).tolist(),
         "methods": [method.to_dict() for method in methods],
@@ -54,8 +55,14 @@ def to_text(
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
+def bits_of(params: Mapping[str, Any]) -> str | None:
+    """How the kernels among the parameters are quantised (`quantized.Bits`); None for dense."""
+    return next((leaf.bits for leaf in flatten(params).values() if hasattr(leaf, "bits")), None)
+
+
 class Record(NamedTuple):
-    """What `read_record` finds; ``digests`` by path and leaf, ``dtype`` of the base's kernels."""
+    """What `read_record` finds; ``digests`` by path and leaf, ``dtype`` of the base's kernels, and
+    how they were ``quantized``, if they were."""
 
     base: str
     key: jax.Array
@@ -63,6 +70,7 @@ class Record(NamedTuple):
     digests: dict[str, dict[str, list[float]]]
     fingerprint: list[list[float]]
     dtype: str
+    quantized: Any
     task: dict[str, Any] | None
 
 
@@ -84,7 +92,8 @@ def read_record(record: Any, folder: Path) -> Record:
         digests = {site["path"]: dict(site.get("digest", {})) for site in record["sites"]}
         task = None if record.get("task") is None else dict(record["task"])
         dtype = jnp.dtype(record.get("dtype", "float32")).name
-        return Record(str(record["base"]), jnp.asarray(key), sites, digests, marks, dtype, task)
+        bits, key = record.get("quantized"), jnp.asarray(key)
+        return Record(str(record["base"]), key, sites, digests, marks, dtype, bits, task)
     except (TypeError, KeyError, IndexError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{folder}/adapter.json is damaged: {error}") from None
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,7 +19,7 @@ from lora_mini_jax.files import new_folder, read_json, write_text, writing
 from lora_mini_jax.method import Factors
 from lora_mini_jax.plan import check
 from lora_mini_jax.processes import on_host, together
-from lora_mini_jax.record import Record, fingerprint, read_record, to_text
+from lora_mini_jax.record import Record, bits_of, fingerprint, read_record, to_text
 from lora_mini_jax.sketch import same, sketch
 from lora_mini_jax.tree import flatten, unflatten
 
@@ -85,6 +84,7 @@ def load(
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     if not allow_different_base:
+        _check_bits(record, params, folder)
         _check_base(record, params, folder)
     adapter = _fill(drawn, _read_tensors(folder), record.digests, folder)
     _check_digest(record.digests, adapter, folder, allow_different_base)
@@ -105,9 +105,11 @@ def _rounded(params: Mapping[str, Any], record: Record) -> Mapping[str, Any]:
     are not those of the kernel rounded."""
     if record.dtype == "float32":
         return params
-    flat, paths = flatten(params), {site.target.path for site in record.sites}
-    plain = {path for path in paths & flat.keys() if isinstance(flat[path], jax.Array)}
-    return unflatten({**flat, **{path: flat[path].astype(record.dtype) for path in plain}})
+    flat, dtype = flatten(params), jnp.dtype(record.dtype)
+    for path in flat.keys() & {site.target.path for site in record.sites}:
+        leaf: Any = flat[path]
+        flat[path] = replace(leaf, dtype=dtype) if hasattr(leaf, "bits") else leaf.astype(dtype)
+    return unflatten(flat)
 
 
 def _stored(adapter: Adapter, store_outer: bool) -> dict[str, dict[str, Factors]]:
@@ -174,6 +176,15 @@ def _fill(drawn: Adapter, tensors: dict[str, np.ndarray], digests: dict, folder:
         for group, flat in groups.items()
     }
     return replace(drawn, **leaves)
+
+
+def _check_bits(record: Record, params: Mapping[str, Any], folder: Path) -> None:
+    if record.quantized not in (None, bits_of(params)):
+        raise UserError(
+            f"{folder} was trained on a base in {record.quantized}: quantise these parameters too, "
+            f"quantized.quantize(params, select(targets, 'all-linear'), '{record.quantized}'), or "
+            "allow a different base"
+        )
 
 
 def _check_base(record: Record, params: Mapping[str, Any], folder: Path) -> None:

@@ -94,9 +94,10 @@ LAYOUTS = ("plain", "remat", "scan", "scan+remat", "vmap")
 # How layers are laid out is the core's business, the same for all methods, so one of each sort (a
 # chain, one that reads the kernel, a dense part, related kernels) goes through every layout.
 THOROUGH = {"lora", "dora", "switchlora", "diffora-softmax"}
-# Rows that differ from another in a formula or a draw alone, not in how they meet a model.
+# Rows that differ from another one of their class in a formula or a draw alone, not in how they
+# meet a model.
 VARIANTS = {"rslora", "lora-mini-normal", "lora-mini-fan_in", "lora-mini-svd", "miss-mini",
-            "diffora-sigmoid", "olora", "lora-mini-diag", "lora-mini-bfloat16"}  # fmt: skip
+            "diffora-sigmoid", "lora-mini-bfloat16"}  # fmt: skip
 MAIN = tuple(case for case in CASES if case.name not in VARIANTS)
 LAID_OUT = [
     (case, layout)

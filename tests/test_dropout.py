@@ -10,7 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from lora_mini_jax import LoRA, TrainState, init, linen, make_train_step
+from lora_mini_jax import LoRA, LoRAMini, TrainState, init, linen, make_train_step, merge
+from lora_mini_jax.methods import MiSS, VeRA
+from lora_mini_jax.tree import flatten
 from tests.cases import CASES, Case, cross_entropy, draws, random_params, randomised, setup
 
 KEY = jax.random.key(11)
@@ -35,9 +37,23 @@ def test_the_adapter_sees_scaled_inputs_and_the_frozen_kernel_all_of_them():
     assert 0.2 < np.mean((other != 0) != kept) < 0.55
 
 
-@pytest.mark.parametrize("layout", ["plain", "scan+remat", "vmap"])
-def test_layers_and_kernels_have_streams_of_their_own(layout: str):
-    """Two layers with the same weights and inputs drop different entries."""
+# Their updates can be turned back: with squares for all leaves, at a start that is not zero.
+SQUARE = (
+    LoRA(rank=32, alpha=32.0, dropout=0.5),
+    LoRAMini(rank=32, alpha=32.0, a=32, b=32, outer_init="orthogonal", dropout=0.5),
+    MiSS(rank=32, dropout=0.5),
+    VeRA(rank=32, dropout=0.5),  # whose kernels share what they draw, but not this
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [(SQUARE[0], layout) for layout in ("plain", "scan+remat", "vmap")]
+    + [(method, "scan+remat") for method in SQUARE[1:]],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_layers_and_kernels_have_streams_of_their_own(method: Any, layout: str):
+    """Two layers with the same inputs drop different entries."""
 
     class Layer(nn.Module):
         @nn.compact
@@ -59,10 +75,23 @@ def test_layers_and_kernels_have_streams_of_their_own(layout: str):
 
     model, x = Two(), jnp.ones((4, 32))
     params = jax.tree.map(jnp.zeros_like, random_params(model, x))
-    drawn = init(params, LoRA(rank=32, alpha=32.0, dropout=0.5), linen.targets(model, params, x))
-    eyes = jax.tree.map(lambda a: jnp.broadcast_to(jnp.eye(32), a.shape), drawn.trainable)
-    out = linen.adapt(model)(params, drawn.with_trainable(eyes), x, dropout_key=KEY)
-    masks = [np.asarray(y[i] != 0) for y in out for i in range(2)]
+    drawn = init(params, method, linen.targets(model, params, x))
+    eyes = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(
+            jnp.eye(32) if leaf.shape[-2:] == (32, 32) else 1, leaf.shape
+        ),
+        drawn.trainable,
+    )
+    adapter = drawn.with_trainable(eyes)
+    out = linen.adapt(model)(params, adapter, x, dropout_key=KEY)
+    kernels = {
+        path: np.reshape(w, (-1, 32, 32)) for path, w in flatten(merge(params, adapter)).items()
+    }
+    masks = []
+    for name, both in zip("qk", out, strict=True):
+        updates = np.concatenate([w for path, w in kernels.items() if f"/{name}/" in path])
+        for y, update in zip(both, updates, strict=True):
+            masks.append(np.linalg.solve(np.float64(update).T, np.float64(y).T).T > 0.5)
     for i, one in enumerate(masks):
         assert 0.3 < one.mean() < 0.7
         assert all(0.3 < np.mean(one != other) < 0.7 for other in masks[:i])

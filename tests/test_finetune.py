@@ -17,6 +17,7 @@ from lora_mini_jax.finetune import finetune, total_steps
 from lora_mini_jax.models import load
 from lora_mini_jax.runs import RunFolder
 from lora_mini_jax.schedule import learning_rate
+from lora_mini_jax.task import prepare
 from tests.runs import options, stopped_at, write_data
 
 
@@ -170,6 +171,27 @@ def test_examples_that_are_too_long_are_counted_and_reported(place):
     assert any("1 training examples were skipped" in note for note in summary["notes"])
     with pytest.raises(UserError, match="104 tokens"):
         quiet(dataclasses.replace(given, overlong="error", output_dir=str(place / "long2")))
+
+
+def test_dropout_is_for_training_and_not_for_evaluation(finished, place):
+    plain, summary = finished
+    settings = (*plain.settings, "dropout=0.5")
+    given = dataclasses.replace(plain, settings=settings, output_dir=str(place / "dropped"))
+    dropped = quiet(given)
+    assert dropped["valid_loss_before"] == summary["valid_loss_before"]
+    losses = [[row["loss"] for row in RunFolder(of).metrics() if "loss" in row]
+              for of in (plain, given)]  # fmt: skip
+    assert losses[0]
+    assert all(one != other for one, other in zip(*losses, strict=True))
+    # At the start there is nothing to drop, in the end there is: an adapter that knows no dropout
+    # is measured to be the same.
+    task = prepare(plain)
+    adapter = storage.load(RunFolder(given).adapter, task.params)
+    sites = [dataclasses.replace(s, method=plain.adapter_method()) for s in adapter.sites]
+    without = dataclasses.replace(adapter, sites=tuple(sites))
+    assert all(site.method.dropout == 0.5 for site in adapter.sites)
+    found = loop.make_evaluate(task)(without)
+    assert found["valid_loss"] == dropped["valid_loss_after"] != summary["valid_loss_after"]
 
 
 def test_lora_runs_through_the_same_door(place):

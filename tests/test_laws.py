@@ -89,7 +89,8 @@ def unmoved(case: Case, frozen: Any) -> Any:
 
 
 def test_every_method_has_a_row():
-    assert {type(case.method) for case in CASES} == set(METHODS.values())
+    for rows in (CASES, MAIN):  # and goes through every law
+        assert {type(case.method) for case in rows} == set(METHODS.values())
 
 
 def test_the_small_model_has_every_kind_of_kernel():
@@ -191,6 +192,8 @@ def test_training_moves_every_trained_leaf_and_nothing_else(case: Case):
     for i in range(30):
         state, metrics = step(state, at.params, jnp.roll(at.tokens, i // 10, 0))
         losses.append(float(metrics.loss))
+        if i == 1:  # at the start itself a factor beside one that is zero has no gradient
+            moments = jax.device_get(state.opt_state[0].mu)
     assert losses[-1] < 0.8 * losses[0]
     step(TrainState.create(adapter, tx, 123), at.params, at.tokens)
     assert len(traces) == 1
@@ -198,12 +201,18 @@ def test_training_moves_every_trained_leaf_and_nothing_else(case: Case):
 
     assert same_bits(base, at.params)
     assert same_bits(unmoved(case, frozen), unmoved(case, state.adapter.frozen))
+    assert moments.keys() == adapter.trainable.keys()
     for site in adapter.sites:
         path, layers = site.target.path, int(np.prod(site.target.lead))
+        assert not moments[path].keys() & adapter.frozen.get(path, {}).keys()
         for name, leaf in state.adapter.trainable[path].items():
             moved = np.abs(leaf - adapter.trainable[path][name]).reshape(layers, -1)
+            moment = moments[path][name].reshape(layers, -1)
             assert np.isfinite(leaf).all(), name
-            assert (moved > 0).any(1).all(), f"{path} {name}: some layer has no gradient"
+            assert np.isfinite(moment).all(), name
+            # A leaf may move without one, by its method's own step.
+            assert (moment != 0).any(1).all(), f"{path} {name}: some layer has no gradient"
+            assert (moved > 0).any(1).all(), f"{path} {name}: some layer does not move"
 
 
 @main_case

@@ -1,5 +1,6 @@
 """Quantised kernels are used, adapted, trained beside, merged and exported like dense ones."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,12 +17,19 @@ from lora_mini_jax import (
     linen,
     make_train_step,
     merge,
+    peft,
     select,
+    storage,
 )
-from lora_mini_jax.methods import DoRA, LoRAMini, MiSS, SwitchLoRA
+from lora_mini_jax.commands import run_export, run_generate, run_merge
+from lora_mini_jax.finetune import finetune
+from lora_mini_jax.head import load_for
+from lora_mini_jax.methods import DoRA, LoRA, LoRAMini, MiSS, SwitchLoRA
 from lora_mini_jax.models import Llama, LlamaConfig, load, save
+from lora_mini_jax.options import Export, Generate, Merge
 from lora_mini_jax.quantized import Quantized, quantize, quantized
 from lora_mini_jax.tree import dense, flatten
+from tests import runs
 from tests.cases import cross_entropy, draws, random_params, randomised, setup
 from tests.test_laws import close
 
@@ -60,14 +68,16 @@ def test_int8_is_within_half_a_step_of_each_column():
     assert (np.abs(small.unbox() - kernel) <= 0.51 * step).all()
 
 
-@pytest.mark.parametrize("layout", ["plain", "scan+remat"])
+@pytest.mark.parametrize(("layout", "bits"), [("plain", "nf4"), ("scan+remat", "int8")])
 @pytest.mark.parametrize(
     "method",
-    [LoRAMini(rank=2, a=4, b=5), DoRA(rank=2), MiSS(rank=3), SwitchLoRA(rank=2)],
+    [LoRAMini(rank=2, a=4, b=5), LoRA(rank=2), DoRA(rank=2), MiSS(rank=3), SwitchLoRA(rank=2)],
     ids=lambda method: method.name,
 )
-def test_adapted_call_on_quantised_kernels_is_that_on_their_dense_form(method: Any, layout: str):
-    at, small, flat = base(layout, "int8")
+def test_adapted_call_on_quantised_kernels_is_that_on_their_dense_form(
+    method: Any, layout: str, bits: str
+):
+    at, small, flat = base(layout, bits)
     chosen = select(at.targets, "all-linear")
     adapter = randomised(init(small, method, chosen), 0.1)
     y = jax.jit(linen.adapt(at.model))(small, adapter, at.tokens)
@@ -119,3 +129,61 @@ def test_a_folder_is_read_quantised_and_written_dense(tmp_path: Any):
     save(tmp_path / "again", model, small)
     again = flatten(load(tmp_path / "again")[1])
     assert all(np.array_equal(again[p], dense(leaf)) for p, leaf in flatten(small).items())
+
+
+def quiet(line: str) -> None:
+    """Instead of printing."""
+
+
+@pytest.fixture(scope="module", params=["nf4", "int8"])
+def trained(request: Any, tmp_path_factory: Any) -> tuple[Path, str]:
+    """A run on a quantised base, whose folder is beside the model's."""
+    place = tmp_path_factory.mktemp(request.param)
+    settings = ("rank=2", "a=8", "b=8", "outer_init=orthogonal")
+    given: Any = {"quantize": request.param, "settings": settings, "learning_rate": 0.1}
+    finetune(runs.options(place, samples=0, **given), say=quiet)
+    return place, request.param
+
+
+def test_the_commands_take_the_base_as_it_was_trained_on(trained: tuple[Path, str]):
+    place, bits = trained
+    adapter = str(place / "run" / "adapter")
+    model, params = load_for(adapter, place / "model")
+    assert {leaf.bits for leaf in flatten(params).values() if isinstance(leaf, Quantized)} == {bits}
+    tokens = jnp.arange(24).reshape(2, 12) + 3
+    y = linen.adapt(model)(params, storage.load(adapter, params), tokens)
+
+    def merged_as(name: str) -> Path:
+        run_merge(Merge(model=str(place / name), adapter=adapter, output_dir=str(place / "merged")),
+                  say=quiet)  # fmt: skip
+        return place / "merged"
+
+    plain, merged = load(merged_as("model"))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(merged))
+    close(plain.apply({"params": merged}, tokens), y, 2e-5)
+    _, dense_base = load(place / "model")
+    unquantised = merge(dense_base, storage.load(adapter, dense_base, allow_different_base=True))
+    assert jnp.abs(plain.apply({"params": unquantised}, tokens) - y).max() > 1e-3
+
+    given: Any = {"prompt": ("say red 0",), "max_new_tokens": 4}
+    written = [run_generate(Generate(model=str(place / name), adapter=own, **given), say=quiet)
+               for name, own in (("model", adapter), ("merged", None))]  # fmt: skip
+    assert written[0] == written[1]
+    out = str(place / "peft")
+    run_export(Export(model=str(place / "model"), adapter=adapter, output_dir=out), say=quiet)
+    targets = linen.targets(plain, dense_base, tokens)
+    again = peft.load(out, dense_base, targets, names=peft.names_of(plain))
+    loaded = storage.load(adapter, params)
+    update = merge(jax.tree.map(jnp.zeros_like, dense_base), loaded)
+    close(merge(jax.tree.map(jnp.zeros_like, dense_base), again), update, 2e-5)
+
+
+def test_another_base_or_a_dense_one_is_refused(trained: tuple[Path, str]):
+    place, bits = trained
+    adapter = str(place / "run" / "adapter")
+    with pytest.raises(UserError, match=f"trained on a base in {bits}: quantise"):
+        storage.load(adapter, load(place / "model")[1])
+    if not (other := place / "other").exists():
+        runs.write_model(other, seed=9)
+    with pytest.raises(UserError, match="another base model"):
+        storage.load(adapter, load_for(adapter, other)[1])

@@ -397,6 +397,37 @@ def test_a_run_searches_and_ends_with_an_ordinary_adapter(finished, place):
     assert chosen <= set(adapter.trainable)
 
 
+@pytest.mark.parametrize(
+    ("inner", "sharing"),
+    [(MiSS(rank=4), "layer"), (LoRA(rank=2), "none")],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_the_other_sharing_rules_and_inner_methods_go_through_a_run(place, inner, sharing):
+    folder = place / sharing
+    given = dataclasses.replace(
+        options(place, output_dir=str(folder), max_steps=2, samples=0), method="diffora",
+        settings=(f"inner={inner.name}(rank={inner.rank})", "rho=0.3", f"sharing={sharing}",
+                  "search_steps=3"), target_modules=("self_attn",),
+    )  # fmt: skip
+    summary = quiet(given)
+    matrix = json.loads((folder / "matrix.json").read_text())
+    assert np.ptp([gate for row in matrix["gates"] for gate in row]) > 0, "the gates moved"
+    assert [sum(row) for row in matrix["chosen"]] == [1, 1]
+    _, params = load_model(given.model)
+    began, ended = (load(folder / name, params) for name in ("searched", "adapter"))
+    assert {site.method for site in ended.sites} == {inner}
+    each = inner.n_trainable(32, 32)
+    assert count(ended) == summary["trainable"] == each * len(ended.trainable)
+    others = {site.target.path: site.owner for site in ended.sites if site.owner}
+    # One of four kernels is chosen in each of two layers; the others are alike.
+    assert len(ended.trainable) == (4 if sharing == "layer" else 2)
+    assert len(ended.sites) == (8 if sharing == "layer" else 2)
+    assert all(path.split("/")[0] == owner.split("/")[0] for path, owner in others.items())
+    for path, leaves in ended.trainable.items():
+        assert all(x.any() for x in leaves.values())
+        assert not same_bits(leaves, began.trainable[path]), "the search's leaves were trained on"
+
+
 def test_the_metrics_and_the_report_show_the_search(finished, place):
     given, summary = finished
     rows = RunFolder(given).metrics()

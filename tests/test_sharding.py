@@ -144,14 +144,18 @@ def test_ten_steps_on_eight_devices_are_those_on_one(case: Case):
     assert jax.tree.map(lambda leaf: leaf.sharding, together[2]) == before
 
 
-@pytest.mark.parametrize("name", ["lora", "lora-mini-orthogonal", "dora", "miss", "vera"])
+@pytest.mark.parametrize(
+    "name",
+    ["lora", "lora-mini-orthogonal", "dora", "miss", "vera", "full", "switchlora", "relora"],
+)
 def test_data_parallel_devices_exchange_trained_gradients_alone(name: str):
     method = next(case.method for case in CASES if case.name == name)
     exchanged, adapter = program("data=8", method)
     assert {each.kind for each in exchanged} == {"all-reduce"}
-    shapes = Counter(tuple(sorted(shape)) for each in exchanged for shape in each.shapes if shape)
+    sizes = Counter(math.prod(shape) for each in exchanged for shape in each.shapes if shape)
     leaves = jax.tree.leaves(adapter.trainable)
-    assert shapes == Counter(tuple(sorted(leaf.shape)) for leaf in leaves)  # some are transposed
+    # Leaf by leaf; some are transposed, and those of `full` have the axes of the model's kernels.
+    assert sizes == Counter(leaf.size for leaf in leaves)
     trained = sum(leaf.nbytes for leaf in leaves)
     assert 0 <= sum(each.bytes for each in exchanged) - trained <= 16  # the loss and its like
     # A layer in a scan exchanges its own at every turn.
