@@ -66,6 +66,9 @@ class Method(ABC):
     shares_draw: ClassVar[bool] = False
     """Whether all kernels are drawn from the same key, and so share what they draw."""
 
+    redrawn_within: ClassVar[float] = 1e-2
+    """How far a frozen leaf that is drawn again may be from the one trained with, relatively."""
+
     restarts: ClassVar[bool] = False
     """Whether `step` makes the optimiser start entries afresh, so that each needs a counter of its
     own: `optim.scale_by_element_adam`."""

@@ -207,15 +207,17 @@ def _check_digest(digest: dict, adapter: Adapter, folder: Path, different_base: 
     """Frozen leaves drawn from the key must be those trained with; ones drawn from the kernel's own
     content (svd) follow the base, so with a different base only random ones can be compared."""
     here = flatten(adapter.frozen)
+    near = {site.target.path: site.method.redrawn_within for site in adapter.sites}
     wrong = [
         path
         for path, stored in flatten(digest).items()
-        if path not in here or not same(stored, sketch(here[path]))
+        if path not in here or not same(stored, sketch(here[path]), near[path.rpartition("/")[0]])
     ]
     if wrong:
         why = " (a different base was allowed, but these factors come from the base's own kernels)"
         raise UserError(
             f"{folder}: the frozen factors drawn here are not those it was trained with"
             f"{why if different_base else ''}: {len(wrong)} differ, the first is {wrong[0]}. "
-            "Save it again with store_outer=True on the machine that trained it"
+            "Load the base as precise as it was in training, or save the adapter again with "
+            "store_outer=True where it was trained"
         )

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_mini_jax import Adapter, LoRA, LoRAMini, Target, UserError, init, join, load, save, split
 from lora_mini_jax.adapter import draw
-from lora_mini_jax.methods import PiSSA
+from lora_mini_jax.methods import OLoRA, PiSSA
 from lora_mini_jax.plan import Site
 from lora_mini_jax.sketch import same, sketch
 from tests.cases import by_name, draws, randomised
@@ -240,6 +240,15 @@ def test_factors_made_of_bfloat16_kernels_are_made_of_them_again(tmp_path, metho
     adapter = init(half, method, TARGETS, 3)
     save(tmp_path / "half", adapter, half)
     assert same_bits(load(tmp_path / "half", PARAMS), adapter)
+
+
+@pytest.mark.parametrize("method", [PiSSA(rank=2), OLoRA(rank=2)])
+def test_a_difference_of_factors_wants_the_base_as_precise_as_it_was(tmp_path, method: Any):
+    """An update of 1 % of the kernel would else be off by as much as half of itself."""
+    save(tmp_path / "whole", init(PARAMS, method, TARGETS, 3), PARAMS)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    with pytest.raises(UserError, match="as precise as it was in training"):
+        load(tmp_path / "whole", half)
 
 
 @pytest.mark.parametrize(

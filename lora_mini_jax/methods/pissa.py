@@ -19,6 +19,8 @@ class FromKernel(LowRank):
     PEFT converts such an adapter to: plain LoRA of twice the rank.
     """
 
+    redrawn_within = 1e-4  # the update is a small difference of large products
+
     def start(self, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
         """``A0 (in, rank)`` and ``B0 (rank, out)``."""
         raise NotImplementedError
