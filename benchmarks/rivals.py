@@ -7,8 +7,9 @@ installed are left out, with a line that says so.
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,18 +24,24 @@ from lora_mini_jax.tree import flatten, unflatten
 
 KERNELS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MISS_RANK = 64
+COMPILED = " compiled"
+Make = Callable[[], Any]
+"""Makes a row: compiles it, and takes its first step."""
 
 
-def rivals(options: Options, model: Any, params: Any, tokens: jax.Array) -> Iterator[Any]:
-    """A row for each rival that can run here."""
+def rivals(options: Options, model: Any, params: Any, tokens: jax.Array) -> dict[str, Make]:
+    """What makes the row of each rival that can run here, by its name."""
+    found: dict[str, Make] = {}
+    given = options, model, params, tokens
     if find_spec("qwix"):
-        yield qwix_lora(options, model, params, tokens)
+        found["qwix lora"] = partial(qwix_lora, *given)
     else:
         print("qwix is not installed: its row is left out")
     if find_spec("torch") and find_spec("peft"):
-        yield from peft_rows(options, model, params, tokens)
+        found |= peft_rows(*given)
     else:
         print("torch or peft is not installed: their rows are left out")
+    return found
 
 
 def qwix_lora(options: Options, model: Any, params: Any, tokens: jax.Array) -> Row:
@@ -44,11 +51,13 @@ def qwix_lora(options: Options, model: Any, params: Any, tokens: jax.Array) -> R
     provider = qwix.LoraProvider(module_path=".*_proj", rank=options.rank, alpha=16.0)
     adapted: Any = qwix.apply_lora_to_model(model, provider)
     drawn = flatten(jax.jit(adapted.init)(jax.random.key(2), tokens[:, :-1])["params"])
-    trained = {path: jnp.asarray(leaf) for path, leaf in drawn.items() if "_lora_" in path}
+    trained = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in drawn.items()
+               if "_lora_" in path}  # fmt: skip
     tx = optax.adam(1e-4)
 
     def loss_of(trained: Any, params: Any, tokens: jax.Array) -> jax.Array:
-        joined = unflatten({**flatten(params), **trained})
+        cast = jax.tree.map(lambda leaf: leaf.astype(options.dtype), trained)  # as ours are
+        joined = unflatten({**flatten(params), **cast})
         return loss(adapted.apply({"params": joined}, tokens[:, :-1]), tokens)
 
     def step(state: Any, params: Any, tokens: jax.Array) -> tuple[Any, Any]:
@@ -69,7 +78,8 @@ class TorchRow:
     model: Any
     tokens: Any
     optimiser: Any
-    facts: dict[str, float]
+    facts: dict[str, Any]
+    dtype: Any
     times: list[float] = field(default_factory=list)
 
     def step(self, params: Any, tokens: Any) -> None:
@@ -78,7 +88,9 @@ class TorchRow:
 
         started = time.perf_counter()
         self.optimiser.zero_grad(set_to_none=True)
-        logits = self.model(input_ids=self.tokens[:, :-1]).logits
+        narrow = self.dtype != torch.float32
+        with torch.autocast(self.tokens.device.type, self.dtype, enabled=narrow):
+            logits = self.model(input_ids=self.tokens[:, :-1]).logits
         value = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), self.tokens[:, 1:].flatten()
         )
@@ -88,38 +100,70 @@ class TorchRow:
         self.times.append(1e3 * (time.perf_counter() - started))
 
 
-def peft_rows(options: Options, model: Any, params: Any, tokens: jax.Array) -> Iterator[TorchRow]:
+def peft_rows(
+    options: Options, model: Any, params: Any, tokens: jax.Array
+) -> dict[str, Callable[[], TorchRow]]:
     """PEFT's LoRA and MiSS, and full fine-tuning; each model is made when its turn comes."""
     import peft
+    import torch
 
     lora = peft.LoraConfig(r=options.rank, lora_alpha=16, target_modules=KERNELS)
     miss = peft.MissConfig(r=MISS_RANK, target_modules=KERNELS)
-    for name, config in (("peft lora", lora), (f"peft miss r={MISS_RANK}", miss),
-                         ("torch full", None)):  # fmt: skip
-        yield from _torch_rows(name, config, options, model, params, tokens)
+    ways = {"peft lora": lora, f"peft miss r={MISS_RANK}": miss, "torch full": None}
+    return {
+        name + how: partial(_torch_row, name + how, config, options, model, params, tokens)
+        for name, config in ways.items()
+        for how in (("", COMPILED) if torch.cuda.is_available() else ("",))
+    }
 
 
-def _torch_rows(
+def _torch_row(
     name: str, config: Any, options: Options, model: Any, params: Any, tokens: jax.Array
-) -> Iterator[TorchRow]:
+) -> TorchRow:
+    """One row; the first step, in which it is compiled, is taken."""
     import peft
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for how in ("", " compiled") if device == "cuda" else ("",):
-        base = torch_model(model, params).to(device)
-        adapted = peft.get_peft_model(base, config) if config else base
-        weights = [p for p in adapted.parameters() if p.requires_grad]
-        optimiser = torch.optim.Adam(weights, lr=1e-4)
-        number = float(sum(p.numel() for p in weights))
-        facts = {"trainable": number, "optimiser_bytes": 8 * number}
-        ids = torch.from_numpy(np.array(tokens)).long().to(device)
-        called = torch.compile(adapted) if how else adapted
-        started = time.perf_counter()
-        row = TorchRow(name + how, called, ids, optimiser, facts)
+    dtype = getattr(torch, options.dtype)
+    base = torch_model(model, params).to(device)
+    # What is trained is float32 in every row, and computed with in ``dtype``.
+    adapted = peft.get_peft_model(base, config) if config else base.float()
+    weights = [p for p in adapted.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(weights, lr=1e-4)
+    ids = torch.from_numpy(np.array(tokens)).long().to(device)
+    called = torch.compile(adapted) if name.endswith(COMPILED) else adapted
+    row = TorchRow(name, called, ids, optimiser, {}, dtype)
+    started = time.perf_counter()
+    row.step(params, tokens)
+    if name.endswith(COMPILED):
+        row.facts["compile_s"] = time.perf_counter() - started
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        others = torch.cuda.memory_allocated() - _held(adapted, optimiser)
         row.step(params, tokens)
-        facts["compile_s"] = time.perf_counter() - started if how else 0.0
-        yield row
+        row.facts["peak_bytes"] = torch.cuda.max_memory_allocated() - others
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in weights})
+    row.facts |= {
+        "trainable": sum(p.numel() for p in weights),
+        "trained_in": " ".join(kinds),
+        "optimiser_bytes": _bytes(_state(optimiser)),
+    }
+    return row
+
+
+def _state(optimiser: Any) -> list[Any]:
+    return [t for own in optimiser.state.values() for t in own.values() if hasattr(t, "numel")]
+
+
+def _held(model: Any, optimiser: Any) -> int:
+    """Bytes that a row holds between its steps, on its device."""
+    there = [t for t in _state(optimiser) if t.is_cuda]
+    return _bytes([*model.parameters(), *model.buffers(), *there])
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def torch_model(model: Any, params: Any) -> Any:

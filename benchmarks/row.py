@@ -1,8 +1,9 @@
 """A row of the benchmark: one compiled training step, what is known of it, and its times."""
 
+import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,13 +11,15 @@ import jax
 import numpy as np
 import optax
 
+from lora_mini_jax.errors import UserError
 from lora_mini_jax.flops import dot_flops
 
 COLUMNS: dict[str, tuple[str, float, str]] = {
     "step_ms": ("step ms", 1, ".1f"), "step_ms_q1": ("q1", 1, ".1f"),
     "step_ms_q3": ("q3", 1, ".1f"), "tokens_per_s": ("tokens/s", 1, ",.0f"),
     "floor_ratio": ("x floor", 1, ".2f"), "dot_gflop": ("dot GFLOP", 1, ".2f"),
-    "temp_bytes": ("temp MB", 1e-6, ".1f"), "trainable": ("trained", 1, ",.0f"),
+    "temp_bytes": ("temp MB", 1e-6, ".1f"), "peak_bytes": ("peak MB", 1e-6, ".1f"),
+    "trainable": ("trained", 1, ",.0f"),
     "optimiser_bytes": ("optimiser MB", 1e-6, ".2f"), "compile_s": ("compile s", 1, ".1f"),
     "checkpoint_bytes": ("checkpoint MB", 1e-6, ".2f"), "save_ms": ("save ms", 1, ".0f"),
 }  # fmt: skip
@@ -30,24 +33,38 @@ class Options:
     quick: bool = False
     json: Path | None = None
     """Where to write the rows; its folder is made."""
-    layers: int = 8
+    layers: int = 2
     width: int = 1024
     """Of the activations; heads are 64 wide."""
-    ff: int = 4096
+    ff: int = 0
+    """Of the MLPs; four times the width by default."""
     vocab: int = 4096
     length: int = 512
     batch: int = 2
+    shapes: tuple[str, ...] = ()
+    """More than one shape, each a width, a length and a batch: 1024x512x8 2048x2048x1."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation and the frozen weights; what is trained stays float32."""
     rounds: int = 20
     rank: int = 8
     inner: int = 64
     """LoRA-Mini's a and b."""
-    methods: tuple[str, ...] = ()
-    """More rows, each a method and its settings: miss:rank=64 lora:rank=36 dora."""
+    methods: tuple[str, ...] = ("miss:rank=64", "dora:rank=8", "switchlora:rank=8")
+    """Rows beside LoRA-Mini, LoRA, merged and full, each a method and its settings."""
     rivals: bool = False
     """More rows: LoRA by qwix on the same model; LoRA, MiSS and full fine-tuning by PEFT and
     PyTorch on the same weights."""
+
+    def each(self) -> list["Options"]:
+        """One for every shape."""
+        found = []
+        for shape in self.shapes or (f"{self.width}x{self.length}x{self.batch}",):
+            if not re.fullmatch(r"\d+x\d+x\d+", shape):
+                raise UserError(f"shape {shape!r}: give a width, a length and a batch, 1024x512x2")
+            width, length, batch = map(int, shape.split("x"))
+            sizes = {"width": width, "length": length, "batch": batch, "ff": self.ff or 4 * width}
+            found.append(replace(self, **sizes, shapes=()))
+        return found
 
 
 @dataclass
@@ -57,7 +74,7 @@ class Row:
     name: str
     program: Any
     state: Any
-    facts: dict[str, float]
+    facts: dict[str, Any]
     times: list[float] = field(default_factory=list)
     """Milliseconds, one a round."""
 
@@ -79,14 +96,23 @@ def compiled(name: str, step: Any, args: tuple, trained: Any = (), moments: Any 
     started = time.perf_counter()
     traced = step.trace(*args)
     program = traced.lower().compile()
+    memory: Any = program.memory_analysis()
+    outside = memory.argument_size_in_bytes + memory.output_size_in_bytes
     facts = {
         "dot_gflop": dot_flops(traced.jaxpr) / 1e9,
-        "temp_bytes": program.memory_analysis().temp_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.temp_size_in_bytes + outside - memory.alias_size_in_bytes,
+        "trained_in": kinds(trained),
         "trainable": sum(leaf.size for leaf in jax.tree.leaves(trained)),
         "optimiser_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(moments)),
         "compile_s": time.perf_counter() - started,
     }
     return Row(name, program, args[0], facts)
+
+
+def kinds(tree: Any) -> str:
+    """The dtypes of the leaves."""
+    return " ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(tree)}))
 
 
 def summary(row: Any, floor_times: Sequence[float], tokens: int) -> dict[str, Any]:
@@ -100,6 +126,7 @@ def summary(row: Any, floor_times: Sequence[float], tokens: int) -> dict[str, An
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as aligned text."""
+    rows = [row for row in rows if "error" not in row]
     lines = [["", *(heading for heading, _, _ in COLUMNS.values())]]
     for row in rows:
         cells = (

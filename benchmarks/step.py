@@ -1,25 +1,29 @@
 """What one training step costs, by method: time, memory and arithmetic, next to a floor.
 
-    python -m benchmarks.step [--quick] [--rivals] [--json PATH]
+    python -m benchmarks.step [--quick] [--rivals] [--shapes 1024x512x2 2048x2048x1] [--json PATH]
 
 Every row trains the same random Llama on the same tokens, in one process. Each round takes one step
 of every row, so that noise from elsewhere hits all alike; trust ``floor_ratio`` (a row's time over
 the floor's in the same round) before milliseconds. ``--quick`` takes under a minute on two cores;
-the default, eight layers of width 1024, a quarter of an hour or more there, and 6 GB of memory.
+the default, two layers of width 1024, some minutes. With ``--json`` a picture is written beside it,
+both anew after every shape. A row that there is no memory for, or a rival that fails, is named with
+its error, and the others go on.
 """
 
+import os
 import platform
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -28,33 +32,63 @@ import tyro
 from tqdm import tqdm
 
 import lora_mini_jax as lmj
-from benchmarks.rivals import rivals
+from benchmarks.picture import picture
+from benchmarks.rivals import Make, rivals
 from benchmarks.row import Options, Row, compiled, loss, summary, table
 from lora_mini_jax.checkpoint import Checkpoints
-from lora_mini_jax.files import write_json
+from lora_mini_jax.files import write_json, write_text
 from lora_mini_jax.methods import from_spec
 
 FIRST = tuple(("layers_0", "self_attn", name) for name in ("q_proj", "k_proj", "v_proj"))
-QUICK = Options(quick=True, layers=3, width=256, ff=1024, vocab=1024, length=128, rounds=5)
+QUICK = Options(quick=True, width=256, vocab=1024, length=128, rounds=5)
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "qwix", "torch", "peft", "transformers")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print the table, write the JSON."""
+    """Measure, print the tables, write the JSON and the picture."""
     argv = sys.argv[1:] if argv is None else argv
     options = tyro.cli(Options, args=argv, default=QUICK if "--quick" in argv else Options())
     for spec in options.methods:
         from_spec(spec)
+    shapes = options.each()
     if options.json:  # before the work, so that a bad path costs nothing
         options.json.parent.mkdir(parents=True, exist_ok=True)
-    rows = measure(options)
-    device, versions = jax.devices()[0].device_kind, {"python": platform.python_version()}
-    versions |= {module.__name__: module.__version__ for module in (lmj, jax, flax, optax)}
-    print(f"{device}, jax {jax.__version__}, {options.dtype}, medians of {options.rounds} rounds")
-    print(table(rows))
-    if options.json:
-        config, command = asdict(replace(options, json=None)), ["python", "-m", "benchmarks.step"]
-        record = {"rows": rows, "config": config, "device": device, "versions": versions}
-        write_json(options.json, {**record, "command": shlex.join([*command, *argv])})
+    if options.rivals:  # JAX would take three quarters of a GPU, and PyTorch is to have its share
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    print(f"{device()}, jax {jax.__version__}, {options.dtype}, medians of {options.rounds} rounds")
+    command = shlex.join(["python", "-m", "benchmarks.step", *argv])
+    record = {"rows": [], "config": asdict(replace(options, json=None)), "device": device(),
+              "versions": versions(), "command": command}  # fmt: skip
+    for shape in shapes:
+        rows = measure(shape)
+        where = {"width": shape.width, "length": shape.length, "batch": shape.batch}
+        record["rows"] += [{**where, **row} for row in rows]
+        print(f"\nwidth {shape.width}, {shape.batch} x {shape.length} tokens\n{table(rows)}")
+        for row in (row for row in rows if "error" in row):
+            print(f"{row['name']}: {row['error']}")
+        if options.json:
+            write_json(options.json, record)
+            write_text(options.json.with_suffix(".svg"), picture(record["rows"]))
+        jax.clear_caches()
+
+
+def device() -> str:
+    """What the rows run on, PyTorch's too where that is another."""
+    kind = jax.devices()[0].device_kind
+    torch = sys.modules.get("torch")
+    other = torch and torch.cuda.is_available() and torch.cuda.get_device_name()
+    return f"{kind}, PyTorch on {other}" if other and other != kind else kind
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this package, and whatever else is measured and installed."""
+    found = {"python": platform.python_version(), "lora_mini_jax": lmj.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def measure(options: Options) -> list[dict[str, Any]]:
@@ -70,28 +104,37 @@ def measure(options: Options) -> list[dict[str, Any]]:
     shape = (options.batch, options.length + 1)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, options.vocab)
     params = jax.jit(model.init)(jax.random.key(0), tokens[:, :-1])["params"]
-    rows = []
-    made = build(options, model, params, tokens)
-    for row in tqdm(made, "compile", unit="row"):
-        row.step(params, tokens)
-        row.times.clear()
-        if isinstance(row, Row) and isinstance(row.state, lmj.TrainState):
-            row.facts |= saving(row.state)
-        rows.append(row)
+    given = options, model, params, tokens
+    ours, others = build(*given), rivals(*given) if options.rivals else {}
+    rows, failed = [], []
+    for name, make in tqdm({**ours, **others}.items(), "compile", unit="row"):
+        try:
+            row = make()
+            row.step(params, tokens)
+            row.times.clear()
+            if isinstance(row, Row) and isinstance(row.state, lmj.TrainState):
+                row.facts |= saving(row.state)
+            rows.append(row)
+        except Exception as error:
+            if name in ours and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            reason = str(error).strip().splitlines() or [""]
+            failed.append({"name": name, "error": f"{type(error).__name__}: {reason[0][:200]}"})
     for turn in tqdm(range(options.rounds), "measure", unit="round"):
         # Another order each round, so that no row always finds the cache that the same one left.
         for row in Random(turn).sample(rows, len(rows)):
             row.step(params, tokens)
-    return [summary(row, rows[0].times, options.batch * options.length) for row in rows]
+    tokens_a_step = options.batch * options.length
+    return [summary(row, rows[0].times, tokens_a_step) for row in rows] + failed
 
 
-def build(options: Options, model: Any, params: Any, tokens: jax.Array) -> Iterator[Row]:
-    """The rows, each compiled when its turn comes."""
+def build(options: Options, model: Any, params: Any, tokens: jax.Array) -> dict[str, Make]:
+    """What makes each of our rows, by name; the floor first."""
     tx, targets = optax.adam(1e-4), lmj.linen.targets(model, params, tokens[:, :-1])
     targets, adapt = lmj.select(targets), lmj.linen.adapt(model)
     mini = lmj.LoRAMini(options.rank, a=options.inner, b=options.inner)
 
-    def adapted(name: str, method: lmj.Method, apply: Callable) -> Row:
+    def adapted(name: str, method: lmj.Method, apply: Callable = adapt) -> Row:
         def loss_fn(params: Any, adapter: Any, tokens: jax.Array, key: jax.Array) -> jax.Array:
             return loss(apply(params, adapter, tokens[:, :-1]), tokens)
 
@@ -102,15 +145,14 @@ def build(options: Options, model: Any, params: Any, tokens: jax.Array) -> Itera
     def merged(params: Any, adapter: lmj.Adapter, tokens: jax.Array) -> Any:
         return model.apply({"params": lmj.merge(params, adapter)}, tokens)
 
-    yield floor(options, model, params, tokens)
-    yield adapted("lora-mini", mini, adapt)
-    yield adapted("lora", lmj.LoRA(options.rank), adapt)
-    yield adapted("lora-mini merged", mini, merged)
-    yield full(tx, model, params, tokens)
-    for spec in options.methods:
-        yield adapted(spec, from_spec(spec), adapt)
-    if options.rivals:
-        yield from rivals(options, model, params, tokens)
+    methods: dict[str, lmj.Method] = {"lora-mini": mini, "lora": lmj.LoRA(options.rank)}
+    methods |= {spec: from_spec(spec) for spec in options.methods}
+    return {
+        "frozen floor": partial(floor, options, model, params, tokens),
+        **{name: partial(adapted, name, method) for name, method in methods.items()},
+        "lora-mini merged": partial(adapted, "lora-mini merged", mini, merged),
+        "full": partial(full, tx, model, params, tokens),
+    }
 
 
 def saving(state: lmj.TrainState) -> dict[str, float]:

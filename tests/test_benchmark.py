@@ -6,6 +6,7 @@ No time is compared with another: that is for the benchmark itself to report.
 import json
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 
 from benchmarks.row import COLUMNS, Options
 from benchmarks.step import main
+from lora_mini_jax import UserError
 from lora_mini_jax.flops import dot_flops
 
 SIZES: dict[str, Any] = {
@@ -22,20 +24,27 @@ SIZES: dict[str, Any] = {
 SMALL = Options(**SIZES)
 MORE = ["miss:rank=16", "dora:rank=2"]
 SAVED = ("checkpoint_bytes", "save_ms")
-NAMES = ["frozen floor", "lora-mini", "lora", "lora-mini merged", "full", *MORE]
+NAMES = ["frozen floor", "lora-mini", "lora", *MORE, "lora-mini merged", "full"]
+WHERE = {"width": 64, "length": 16, "batch": 2}
+
+
+def failing() -> None:
+    """A rival that cannot run."""
+    raise RuntimeError("no compiler\nfor this device")
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     path = tmp_path_factory.mktemp("benchmark") / "new" / "step.json"
     flags = [word for name, size in SIZES.items() for word in (f"--{name}", str(size))]
-    main(["--quick", "--json", str(path), *flags, "--methods", *MORE])
-    return json.loads(path.read_text())
+    with mock.patch("benchmarks.step.rivals", return_value={"theirs": failing}):
+        main(["--quick", "--rivals", "--json", str(path), *flags, "--methods", *MORE])
+    return json.loads(path.read_text()) | {"picture": path.with_suffix(".svg").read_text()}
 
 
 @pytest.fixture(scope="module")
 def rows(record):
-    return {row["name"]: row for row in record["rows"]}
+    return {row["name"]: row for row in record["rows"] if "error" not in row}
 
 
 def kernels(o: Options) -> list[tuple[int, int]]:
@@ -104,14 +113,30 @@ def dora(o: Options, rank: int = 2) -> int:
 
 
 def test_the_file_holds_what_it_promises(record):
-    assert [row["name"] for row in record["rows"]] == NAMES
-    for row in record["rows"]:
+    *ours, theirs = record["rows"]
+    assert [row["name"] for row in ours] == NAMES
+    assert theirs == {**WHERE, "name": "theirs", "error": "RuntimeError: no compiler"}
+    for row in ours:
         unknown = () if row["name"] not in ("frozen floor", "full") else SAVED
-        assert set(row) == {"name", *COLUMNS} - set(unknown)
+        assert set(row) == {"name", "trained_in", *COLUMNS, *WHERE} - set(unknown)
+        assert row.items() >= WHERE.items()
+        assert row["trained_in"] == ("" if row["name"] == "frozen floor" else "float32")
+        assert row["peak_bytes"] > row["temp_bytes"] + 4 * row["trainable"]
+    for name in (*NAMES[1:], "theirs"):
+        assert f"<!-- {name} -->" in record["picture"]
     assert record["config"].items() >= SIZES.items()
     assert record["device"]
     assert record["versions"]["jax"] == jax.__version__
-    assert record["command"].startswith("python -m benchmarks.step --quick --json")
+    assert record["command"].startswith("python -m benchmarks.step --quick --rivals --json")
+
+
+def test_the_default_is_the_whole_table_and_shapes_are_told_apart():
+    assert {spec.partition(":")[0] for spec in Options().methods} == {"miss", "dora", "switchlora"}
+    first, second = Options(shapes=("64x8x2", "128x16x1")).each()
+    assert (first.width, first.length, first.batch, first.ff) == (64, 8, 2, 256)
+    assert (second.width, second.length, second.batch, second.ff) == (128, 16, 1, 512)
+    with pytest.raises(UserError, match="1024x512x2"):
+        Options(shapes=("64x8",)).each()
 
 
 def test_times_are_positive_and_ordered(rows):
@@ -137,7 +162,8 @@ def test_arithmetic_is_that_of_the_formulas(rows):
 
 
 def test_at_the_default_size_an_adapter_adds_less_than_a_tenth_to_the_floor():
-    assert floor(Options()) < lora(Options()) < lora_mini(Options()) < 1.1 * floor(Options())
+    (o,) = Options().each()
+    assert floor(o) < lora(o) < lora_mini(o) < 1.1 * floor(o)
 
 
 def test_trainable_counts_are_the_formulas(rows):

@@ -1,8 +1,10 @@
 """Quantised kernels are used, adapted, trained beside, merged and exported like dense ones."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ from lora_mini_jax.methods import DoRA, LoRA, LoRAMini, MiSS, SwitchLoRA
 from lora_mini_jax.models import Llama, LlamaConfig, load, save
 from lora_mini_jax.options import Export, Generate, Merge
 from lora_mini_jax.quantized import Quantized, quantize, quantized
-from lora_mini_jax.tree import dense, flatten
+from lora_mini_jax.tree import dense, flatten, unflatten
 from tests import runs
 from tests.cases import cross_entropy, draws, random_params, randomised, setup
 from tests.test_laws import close
@@ -42,12 +44,33 @@ LEVELS = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
 """The sixteen levels of QLoRA's NormalFloat, appendix E of its paper."""
 
 
+METHODS = [LoRAMini(rank=2, a=4, b=5), LoRA(rank=2), DoRA(rank=2), MiSS(rank=3),
+           SwitchLoRA(rank=2)]  # fmt: skip
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+
+
+@cache
 def base(layout: str, bits: Any) -> tuple[Any, Any, Any]:
     """The small model, its parameters quantised, and the same parameters dense again."""
     at = setup(layout)
     small = quantize(at.params, select(at.targets, "all-linear"), bits)
     flat = {path: dense(leaf) for path, leaf in flatten(small).items()}
     return at, small, flat
+
+
+@cache
+def applied(layout: str) -> Any:
+    """The small model's call of dense parameters, compiled once for all methods."""
+    at = setup(layout)
+    return jax.jit(lambda params: at.model.apply({"params": params}, at.tokens))
+
+
+class Two(nn.Module):
+    """Two layers: one has whole blocks of 64 rows, the other has none."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(6)(jnp.tanh(nn.Dense(20)(x)))
 
 
 def test_nf4_is_the_nearest_of_its_levels_in_blocks_of_64():
@@ -68,13 +91,30 @@ def test_int8_is_within_half_a_step_of_each_column():
     assert (np.abs(small.unbox() - kernel) <= 0.51 * step).all()
 
 
+@every_method
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_outputs_and_gradients_are_those_on_the_dense_form(method: Any, bits: Any):
+    model, x = Two(), draws(jnp.zeros((5, 128)))
+    params = random_params(model, x)
+    kernels = select(linen.targets(model, params, x), "all-linear")
+    small = quantize(params, kernels, bits)
+    adapter = randomised(init(small, method, kernels), 0.1)
+
+    def loss(trainable: Any, params: Any) -> Any:
+        y = linen.adapt(model)(params, adapter.with_trainable(trainable), x)
+        return jnp.mean(y**2), y
+
+    of = jax.jit(jax.grad(loss, has_aux=True))
+    flat = unflatten({path: dense(leaf) for path, leaf in flatten(small).items()})
+    found, wanted, before = (of(adapter.trainable, each) for each in (small, flat, params))
+    close(found, wanted, 1e-5)
+    with pytest.raises(AssertionError, match="off by"):
+        close(found, before, 1e-4)
+
+
+@every_method
 @pytest.mark.parametrize(("layout", "bits"), [("plain", "nf4"), ("scan+remat", "int8")])
-@pytest.mark.parametrize(
-    "method",
-    [LoRAMini(rank=2, a=4, b=5), LoRA(rank=2), DoRA(rank=2), MiSS(rank=3), SwitchLoRA(rank=2)],
-    ids=lambda method: method.name,
-)
-def test_adapted_call_on_quantised_kernels_is_that_on_their_dense_form(
+def test_adapted_call_on_quantised_kernels_is_that_of_the_merged_ones(
     method: Any, layout: str, bits: str
 ):
     at, small, flat = base(layout, bits)
@@ -83,11 +123,17 @@ def test_adapted_call_on_quantised_kernels_is_that_on_their_dense_form(
     y = jax.jit(linen.adapt(at.model))(small, adapter, at.tokens)
     merged = merge(small, adapter)
     assert not any(isinstance(leaf, Quantized) for leaf in flatten(merged).values())
-    close(y, at.model.apply({"params": merged}, at.tokens), 2e-5)
-    plain = jax.jit(at.model.apply)({"params": small}, at.tokens)
-    assert jnp.abs(plain - y).max() > 1e-3
+    close(y, applied(layout)(merged), 2e-5)
+    assert jnp.abs(applied(layout)(unflatten(flat)) - y).max() > 1e-3
     changed = {p for p, leaf in flatten(merged).items() if not np.array_equal(leaf, flat[p])}
     assert changed == {target.path for target in chosen}
+
+
+@pytest.mark.parametrize(("layout", "bits"), [("plain", "nf4"), ("scan+remat", "int8")])
+def test_a_model_without_an_adapter_opens_its_kernels(layout: str, bits: str):
+    at, small, flat = base(layout, bits)
+    y = jax.jit(at.model.apply)({"params": small}, at.tokens)
+    close(y, applied(layout)(unflatten(flat)), 2e-5)
 
 
 def test_training_on_a_quantised_base_lowers_the_loss_and_leaves_it_alone():
@@ -135,14 +181,28 @@ def quiet(line: str) -> None:
     """Instead of printing."""
 
 
+def given(place: Path, bits: Any, name: str) -> Any:
+    """The options of a run that goes far enough to tell its adapter from none."""
+    return runs.options(place, samples=0, quantize=bits, learning_rate=0.1, save_every=2,
+                        output_dir=str(place / name))  # fmt: skip
+
+
 @pytest.fixture(scope="module", params=["nf4", "int8"])
 def trained(request: Any, tmp_path_factory: Any) -> tuple[Path, str]:
     """A run on a quantised base, whose folder is beside the model's."""
     place = tmp_path_factory.mktemp(request.param)
-    settings = ("rank=2", "a=8", "b=8", "outer_init=orthogonal")
-    given: Any = {"quantize": request.param, "settings": settings, "learning_rate": 0.1}
-    finetune(runs.options(place, samples=0, **given), say=quiet)
+    finetune(given(place, request.param, "run"), say=quiet)
     return place, request.param
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_been(trained: tuple[Path, str]):
+    place, bits = trained
+    with runs.stopped_at(3), pytest.raises(KeyboardInterrupt):
+        finetune(given(place, bits, "stopped"), say=quiet)
+    finetune(given(place, bits, "stopped"), say=quiet)
+    for name in ("adapter.json", "adapter.safetensors"):
+        again, whole = (place / run / "adapter" / name for run in ("stopped", "run"))
+        assert again.read_bytes() == whole.read_bytes()
 
 
 def test_the_commands_take_the_base_as_it_was_trained_on(trained: tuple[Path, str]):
@@ -153,20 +213,17 @@ def test_the_commands_take_the_base_as_it_was_trained_on(trained: tuple[Path, st
     tokens = jnp.arange(24).reshape(2, 12) + 3
     y = linen.adapt(model)(params, storage.load(adapter, params), tokens)
 
-    def merged_as(name: str) -> Path:
-        run_merge(Merge(model=str(place / name), adapter=adapter, output_dir=str(place / "merged")),
-                  say=quiet)  # fmt: skip
-        return place / "merged"
-
-    plain, merged = load(merged_as("model"))
+    out = str(place / "merged")
+    run_merge(Merge(model=str(place / "model"), adapter=adapter, output_dir=out), say=quiet)
+    plain, merged = load(Path(out))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(merged))
-    close(plain.apply({"params": merged}, tokens), y, 2e-5)
+    close(plain.apply({"params": merged}, tokens), y, 1e-5)
     _, dense_base = load(place / "model")
     unquantised = merge(dense_base, storage.load(adapter, dense_base, allow_different_base=True))
     assert jnp.abs(plain.apply({"params": unquantised}, tokens) - y).max() > 1e-3
 
-    given: Any = {"prompt": ("say red 0",), "max_new_tokens": 4}
-    written = [run_generate(Generate(model=str(place / name), adapter=own, **given), say=quiet)
+    asked: Any = {"prompt": ("say red 0",), "max_new_tokens": 4}
+    written = [run_generate(Generate(model=str(place / name), adapter=own, **asked), say=quiet)
                for name, own in (("model", adapter), ("merged", None))]  # fmt: skip
     assert written[0] == written[1]
     out = str(place / "peft")
