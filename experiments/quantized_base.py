@@ -1,9 +1,11 @@
 """What quantising a base costs before anything is trained: held-out loss, and error of the kernels.
 
-    python -m experiments.quantized_base --models MODEL_DIR ... --text FILE
+    python -m experiments.quantized_base NAME --models MODEL_DIR ... --text FILE
 
-Writes ``results/quantized_base.json``: for each model and each form of its linear kernels the mean
+Writes ``results/quantized_NAME.json``: for each model and each form of its linear kernels the mean
 loss in nats per token of the text, and the kernels' root mean square error relative to their own.
+Kept are ``stories260K`` (that model on TinyStories) and ``python`` (the package's base on a file of
+Python's library).
 """
 
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ from lora_mini_jax.tree import dense, flatten
 class Options:
     """The bases and the text."""
 
+    name: tyro.conf.Positional[str]
+    """What the results' file is called."""
     models: tuple[Path, ...]
     """Folders of Llamas."""
     text: Path
@@ -35,14 +39,15 @@ class Options:
     """Tokens of a row."""
     rows: int = 64
     """Rows, from the start of the text."""
-    out: Path = Path(__file__).parent / "results" / "quantized_base.json"
+    out: Path = Path(__file__).parent / "results"
+    """The folder of the results."""
 
 
 def main(options: Options) -> None:
     """Measure and write."""
     found = {folder.name: measure(folder, options) for folder in options.models}
-    write_json(options.out, {"text": options.text.name, "rows": options.rows,
-                             "length": options.length, "models": found})  # fmt: skip
+    about = {"text": options.text.name, "rows": options.rows, "length": options.length}
+    write_json(options.out / f"quantized_{options.name}.json", {**about, "models": found})
 
 
 def measure(folder: Path, options: Options) -> dict[str, Any]:

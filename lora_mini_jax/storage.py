@@ -75,7 +75,8 @@ def load(
 
     Raises:
         UserError: a folder or file that is missing, damaged or of another format; kernels that do
-            not fit; another base model; frozen leaves that this machine draws differently.
+            not fit; another base model, or one that is not quantised as it was in training; frozen
+            leaves that this machine draws differently.
     """
     folder, record = Path(folder), record_of(folder)
     try:
