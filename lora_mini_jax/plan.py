@@ -87,9 +87,7 @@ def check(sites: Iterable[Site]) -> None:
         if target.kind == "array" and not method.adapts_any_array:
             problems = [f"no kernel, so {method.name} cannot adapt it"]
         elif target.kind == "embed" and method.needs_data:
-            problems = [
-                "factors of a table cannot come from data: take outer_init orthogonal for it"
-            ]
+            problems = ["factors of a table are not made from data: take outer_init orthogonal"]
         else:
             problems = method.problems(target.n_in, target.n_out)
         found += [f"{target.path} ({target.n_in} x {target.n_out}): {p}" for p in problems]
