@@ -23,13 +23,14 @@ import orbax.checkpoint
 import tyro
 
 import lora_mini_jax as lmj
-from benchmarks.step import Options as Size
-from benchmarks.step import loss
+from benchmarks.llama import drawn
+from benchmarks.row import Options as Size
+from benchmarks.row import loss
 from lora_mini_jax.checkpoint import Checkpoints
 from lora_mini_jax.files import write_json
 from lora_mini_jax.methods import from_spec
 
-LARGE, SMALL = Size(), Size(layers=4, width=512, ff=2048, length=256)
+LARGE, SMALL = Size(), Size(layers=4, width=512, length=256)
 ROWS = {"lora-mini:rank=8,a=64,b=64": LARGE, "lora:rank=8": LARGE, "full": SMALL}
 """The size of the model for each method."""
 
@@ -107,13 +108,7 @@ def measure(spec: str, size: Size, rounds: int, folder: Path) -> dict[str, Any]:
 
 def training(spec: str, size: Size) -> tuple[Callable[[Any], Any], lmj.TrainState]:
     """A step that waits for its result, and the state it starts with."""
-    config = lmj.models.LlamaConfig(
-        vocab_size=size.vocab, hidden_size=size.width, intermediate_size=size.ff,
-        num_hidden_layers=size.layers, num_attention_heads=max(1, size.width // 64),
-    )  # fmt: skip
-    model, tx = lmj.models.Llama(config, dtype=size.dtype), optax.adam(1e-4)
-    tokens = jax.random.randint(jax.random.key(1), (size.batch, size.length + 1), 0, size.vocab)
-    params = jax.jit(model.init)(jax.random.key(0), tokens[:, :-1])["params"]
+    (model, params, tokens), tx = drawn(size), optax.adam(1e-4)
     targets, apply = lmj.linen.targets(model, params, tokens[:, :-1]), lmj.linen.adapt(model)
 
     def loss_fn(params: Any, adapter: Any, tokens: jax.Array, key: jax.Array) -> jax.Array:

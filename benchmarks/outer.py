@@ -9,6 +9,7 @@ one core.
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,17 +18,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks.llama import drawn, llama
+from benchmarks.row import Options
 from lora_mini_jax import LoRAMini, TrainState, linen, make_train_step, select, sharding
 from lora_mini_jax.adapter import draw
 from lora_mini_jax.files import write_json
 from lora_mini_jax.footprint import footprint
-from lora_mini_jax.models import Llama, LlamaConfig
 from lora_mini_jax.plan import plan
 
 HERE = Path(__file__).parent
-CONFIG = LlamaConfig(vocab_size=4096, hidden_size=512, intermediate_size=1408,
-                     num_hidden_layers=4, num_attention_heads=8)  # fmt: skip
-ROWS, LENGTH, ROUNDS = 2, 256, 9
+SIZE, ROUNDS = Options(layers=4, width=512, ff=1408, length=256), 9
 KINDS = [("float32", "fan_in"), ("bfloat16", "fan_in"), ("recompute", "fan_in"),
          ("float32", "orthogonal"), ("recompute", "orthogonal")]  # fmt: skip
 Row = dict[str, Any]
@@ -35,27 +35,27 @@ Row = dict[str, Any]
 
 def main() -> None:
     """Every way of keeping the factors, and the file."""
-    tokens = jax.random.randint(jax.random.key(1), (ROWS, LENGTH), 0, CONFIG.vocab_size)
-    rows, turns = [], []
-    params = jax.jit(Llama(CONFIG, scan_layers=True).init)(jax.random.key(0), tokens)["params"]
+    (_, params, tokens), rows, turns = drawn(SIZE, scan_layers=True), [], []
+    tokens = tokens[:, :-1]
     for outer, outer_init in KINDS:
         method: Any = LoRAMini(rank=8, a=64, b=64, outer_init=outer_init, outer=outer)  # ty: ignore[invalid-argument-type]
         rows.append({"outer": outer, "outer_init": outer_init})
         for dtype in ("float32", "bfloat16"):
-            rows[-1][f"bytes_{dtype}"] = taken(method, jnp.dtype(dtype), tokens)
+            rows[-1][f"bytes_{dtype}"] = taken(method, dtype, tokens)
         turns.append(turn(method, params, tokens))
     times = [[one() for one in turns] for _ in range(ROUNDS)]
     for i, row in enumerate(rows):
         row["step_ms"] = round(1e3 * median(each[i] for each in times), 1)
         row["step_ratio"] = round(median(each[i] / each[0] for each in times), 3)
         print(row)
-    about = {"layers": 4, "width": 512, "rows": ROWS, "length": LENGTH, "rank": 8, "a": 64, "b": 64}
+    about = {"layers": SIZE.layers, "width": SIZE.width, "rows": SIZE.batch, "length": SIZE.length,
+             "rank": 8, "a": 64, "b": 64}  # fmt: skip
     write_json(HERE / "results" / "outer_cpu.json", {**about, "rounds": ROUNDS, "results": rows})
 
 
 def parts(method: Any, dtype: Any) -> tuple[Any, Any, Any, Any]:
     """The model, all its kernels, the sites and the loss."""
-    model = Llama(CONFIG, dtype, dtype, scan_layers=True)
+    model = llama(replace(SIZE, dtype=dtype), scan_layers=True)
     apply, tokens = linen.adapt(model), jax.ShapeDtypeStruct((1, 2), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     kernels = linen.targets(model, shapes, tokens)
@@ -77,7 +77,7 @@ def taken(method: Any, dtype: Any, tokens: jax.Array) -> Row:
 
 def turn(method: Any, params: Any, tokens: jax.Array) -> Any:
     """What takes a step and says how many seconds it took."""
-    _, _, sites, loss = parts(method, jnp.float32)
+    _, _, sites, loss = parts(method, "float32")
     tx = optax.adamw(1e-3)
     state = TrainState.create(draw(params, sites, 0), tx)
     step = make_train_step(loss, tx).lower(state, params, tokens).compile()

@@ -17,13 +17,15 @@ from lora_mini_jax.flops import dot_flops
 COLUMNS: dict[str, tuple[str, float, str]] = {
     "step_ms": ("step ms", 1, ".1f"), "step_ms_q1": ("q1", 1, ".1f"),
     "step_ms_q3": ("q3", 1, ".1f"), "tokens_per_s": ("tokens/s", 1, ",.0f"),
-    "floor_ratio": ("x floor", 1, ".2f"), "dot_gflop": ("dot GFLOP", 1, ".2f"),
+    "floor_ratio": ("x floor", 1, ".2f"), "floor_ratio_q1": ("q1", 1, ".2f"),
+    "floor_ratio_q3": ("q3", 1, ".2f"), "dot_gflop": ("dot GFLOP", 1, ".2f"),
     "temp_bytes": ("temp MB", 1e-6, ".1f"), "peak_bytes": ("peak MB", 1e-6, ".1f"),
     "trainable": ("trained", 1, ",.0f"),
     "optimiser_bytes": ("optimiser MB", 1e-6, ".2f"), "compile_s": ("compile s", 1, ".1f"),
     "checkpoint_bytes": ("checkpoint MB", 1e-6, ".2f"), "save_ms": ("save ms", 1, ".0f"),
 }  # fmt: skip
 """The printed columns: ``{key: (heading, factor, format)}``; what a row does not know is blank."""
+QUARTILES = 0.25, 0.5, 0.75
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,7 @@ class Options:
             if not re.fullmatch(r"\d+x\d+x\d+", shape):
                 raise UserError(f"shape {shape!r}: give a width, a length and a batch, 1024x512x2")
             width, length, batch = map(int, shape.split("x"))
-            sizes = {"width": width, "length": length, "batch": batch, "ff": self.ff or 4 * width}
-            found.append(replace(self, **sizes, shapes=()))
+            found.append(replace(self, width=width, length=length, batch=batch, shapes=()))
         return found
 
 
@@ -118,22 +119,33 @@ def kinds(tree: Any) -> str:
 def summary(row: Any, floor_times: Sequence[float], tokens: int) -> dict[str, Any]:
     """Medians and quartiles, of ``tokens`` in a step; the ratio is taken round by round, where the
     noise was the same."""
-    low, mid, high = np.quantile(row.times, (0.25, 0.5, 0.75)).tolist()
-    ratio = float(np.median(np.divide(row.times, floor_times)))
-    times = {"step_ms": mid, "step_ms_q1": low, "step_ms_q3": high, "floor_ratio": ratio}
-    return {"name": row.name, **times, "tokens_per_s": 1e3 * tokens / mid, **row.facts}
+    found = {"name": row.name}
+    measured = {"step_ms": row.times, "floor_ratio": np.divide(row.times, floor_times)}
+    for key, values in measured.items():
+        found[f"{key}_q1"], found[key], found[f"{key}_q3"] = np.quantile(values, QUARTILES).tolist()
+    return {**found, "tokens_per_s": 1e3 * tokens / found["step_ms"], **row.facts}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as aligned text."""
-    rows = [row for row in rows if "error" not in row]
+    lines = _cells(rows)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ([c.rjust(w) for c, w in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(line) for line in padded)
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a table in Markdown."""
+    head, *lines = (f"| {' | '.join(line)} |" for line in _cells(rows))
+    return "\n".join([head, "|---" * (len(COLUMNS) + 1) + "|", *lines]) + "\n"
+
+
+def _cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     lines = [["", *(heading for heading, _, _ in COLUMNS.values())]]
-    for row in rows:
+    for row in (row for row in rows if "error" not in row):
         cells = (
             f"{row[key] * factor:{style}}" if key in row else ""
             for key, (_, factor, style) in COLUMNS.items()
         )
         lines.append([row["name"], *cells])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = ([c.rjust(w) for c, w in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join("  ".join(line) for line in padded)
+    return lines

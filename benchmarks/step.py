@@ -5,22 +5,19 @@
 Every row trains the same random Llama on the same tokens, in one process. Each round takes one step
 of every row, so that noise from elsewhere hits all alike; trust ``floor_ratio`` (a row's time over
 the floor's in the same round) before milliseconds. ``--quick`` takes under a minute on two cores;
-the default, two layers of width 1024, some minutes. With ``--json`` a picture is written beside it,
-both anew after every shape. A row that there is no memory for, or a rival that fails, is named with
-its error, and the others go on.
+the default, two layers of width 1024, some minutes. With ``--json`` the tables in Markdown and a
+picture are written beside it, all anew after every shape. A row that there is no memory for, or a
+rival that fails, is named with its error, and the others go on.
 """
 
 import os
 import platform
 import shlex
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -32,10 +29,11 @@ import tyro
 from tqdm import tqdm
 
 import lora_mini_jax as lmj
+from benchmarks.llama import drawn
 from benchmarks.picture import picture
 from benchmarks.rivals import Make, rivals
-from benchmarks.row import Options, Row, compiled, loss, summary, table
-from lora_mini_jax.checkpoint import Checkpoints
+from benchmarks.row import Options, Row, compiled, loss, markdown, summary, table
+from benchmarks.saving import saving
 from lora_mini_jax.files import write_json, write_text
 from lora_mini_jax.methods import from_spec
 
@@ -59,15 +57,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "-m", "benchmarks.step", *argv])
     record = {"rows": [], "config": asdict(replace(options, json=None)), "device": device(),
               "versions": versions(), "command": command}  # fmt: skip
+    tables = []
     for shape in shapes:
         rows = measure(shape)
         where = {"width": shape.width, "length": shape.length, "batch": shape.batch}
         record["rows"] += [{**where, **row} for row in rows]
-        print(f"\nwidth {shape.width}, {shape.batch} x {shape.length} tokens\n{table(rows)}")
+        heading = f"width {shape.width}, {shape.batch} x {shape.length} tokens"
+        print(f"\n{heading}\n{table(rows)}")
+        tables += [f"{heading}\n\n{markdown(rows)}"]
         for row in (row for row in rows if "error" in row):
             print(f"{row['name']}: {row['error']}")
         if options.json:
             write_json(options.json, record)
+            write_text(options.json.with_suffix(".md"), "\n".join(tables))
             write_text(options.json.with_suffix(".svg"), picture(record["rows"]))
         jax.clear_caches()
 
@@ -93,17 +95,7 @@ def versions() -> dict[str, str]:
 
 def measure(options: Options) -> list[dict[str, Any]]:
     """All rows: compiled and warmed up one after the other, then timed in turns."""
-    config = lmj.models.LlamaConfig(
-        vocab_size=options.vocab,
-        hidden_size=options.width,
-        intermediate_size=options.ff,
-        num_hidden_layers=options.layers,
-        num_attention_heads=max(1, options.width // 64),
-    )
-    model = lmj.models.Llama(config, dtype=options.dtype, param_dtype=options.dtype)
-    shape = (options.batch, options.length + 1)
-    tokens = jax.random.randint(jax.random.key(1), shape, 0, options.vocab)
-    params = jax.jit(model.init)(jax.random.key(0), tokens[:, :-1])["params"]
+    model, params, tokens = drawn(options)
     given = options, model, params, tokens
     ours, others = build(*given), rivals(*given) if options.rivals else {}
     rows, failed = [], []
@@ -112,8 +104,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
             row = make()
             row.step(params, tokens)
             row.times.clear()
-            if isinstance(row, Row) and isinstance(row.state, lmj.TrainState):
-                row.facts |= saving(row.state)
+            row.facts |= saving(row)
             rows.append(row)
         except Exception as error:
             if name in ours and "RESOURCE_EXHAUSTED" not in str(error):
@@ -153,17 +144,6 @@ def build(options: Options, model: Any, params: Any, tokens: jax.Array) -> dict[
         "lora-mini merged": partial(adapted, "lora-mini merged", mini, merged),
         "full": partial(full, tx, model, params, tokens),
     }
-
-
-def saving(state: lmj.TrainState) -> dict[str, float]:
-    """What a checkpoint takes: bytes on disk, and milliseconds that training would stand still."""
-    with tempfile.TemporaryDirectory() as folder:
-        with Checkpoints(folder) as checkpoints:
-            started = time.perf_counter()
-            checkpoints.save(state)
-            blocked = 1e3 * (time.perf_counter() - started)
-        files = [path for path in Path(folder).rglob("*") if path.is_file()]
-        return {"checkpoint_bytes": sum(path.stat().st_size for path in files), "save_ms": blocked}
 
 
 def floor(options: Options, model: Any, params: Any, tokens: jax.Array) -> Row:

@@ -78,6 +78,7 @@ class Arm:
 def arms(options: Options) -> list[Arm]:
     """What is compared. A slot of SwitchLoRA has 83 turns in the paper's 40,000 steps, but less
     than one in a few hundred; so there is an arm beside the paper's setting in which it has more.
+    In the last one nothing is ever switched: what its initial values do by themselves.
     """
     rank, cycle = f"rank={options.rank}", max(1, options.steps // 3)
     return [
@@ -86,6 +87,7 @@ def arms(options: Options) -> list[Arm]:
         Arm("relora", "relora", 1e-2, (rank, f"reset_every={cycle}")),
         Arm("switchlora", "switchlora", 2e-2, (rank,)),
         Arm("switchlora-often", "switchlora", 2e-2, (rank, "interval0=8")),
+        Arm("switchlora-still", "switchlora", 2e-2, (rank, "interval0=1e9")),
     ]
 
 

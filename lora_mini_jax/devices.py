@@ -34,7 +34,7 @@ class Devices:
         Raises:
             UserError: a mesh that is not for these devices, or a batch that it cannot split.
         """
-        sizes = options.mesh or ("data=-1" if jax.process_count() > 1 else "")
+        sizes = options.mesh or (sharding.ROWS_ALONE if jax.process_count() > 1 else "")
         if not sizes:
             return cls()
         mesh = sharding.make_mesh(sizes)

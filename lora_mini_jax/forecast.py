@@ -43,7 +43,7 @@ def plan_step(options: PlanStep) -> Report:
     if options.quantize and options.mesh:
         raise UserError("a plan of a quantised base is for one device: leave --mesh out, or plan "
                         "the dense base without --quantize")  # fmt: skip
-    mesh = sharding.make_mesh(options.mesh or "data=1", _simulated(options.mesh))
+    mesh = sharding.make_mesh(options.mesh or sharding.ROWS_ALONE, _simulated(options.mesh))
     sharding.check_rows(mesh, options.batch_size // options.accumulate)
     task = abstract_task(options)
     kernels, _ = all_targets(task.model)

@@ -90,9 +90,12 @@ class LanguageTask(Task):
         self, params: Any, adapter: Adapter, batch: Any, dropout_key: jax.Array | None = None
     ) -> Scores:
         """What the model thinks of every token that follows another; (rows, length)."""
-        inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
         following = {"labels": next_tokens(batch), "dropout_key": dropout_key}
-        return self.apply(params, adapter, *inputs, **following)
+        return self.apply(params, adapter, *self.inputs(batch), **following)
+
+    def inputs(self, batch: Any) -> tuple[Any, ...]:
+        """What the model reads of a batch."""
+        return batch["tokens"], batch["positions"], batch["segment_ids"]
 
 
 def prepare(options: Finetune) -> LanguageTask:

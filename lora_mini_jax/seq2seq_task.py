@@ -8,10 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from lora_mini_jax.adapter import Adapter
-from lora_mini_jax.data import Batches, Tokenizer, load_tokenizer, next_tokens
+from lora_mini_jax.data import Batches, Tokenizer, load_tokenizer
 from lora_mini_jax.data.pair_rows import PairRows, pair_chunks
 from lora_mini_jax.data.pairs import Pair, pair_stream
 from lora_mini_jax.data.recipe import Recipe
@@ -23,7 +20,6 @@ from lora_mini_jax.models import load
 from lora_mini_jax.models.hub import load_config, load_module, resolve
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.plan import Site
-from lora_mini_jax.scores import Scores, score
 from lora_mini_jax.task import check_ids, planned_sites, read_rows
 
 
@@ -33,13 +29,9 @@ class Seq2SeqTask(LanguageTask):
 
     generates = staticmethod(generate)
 
-    def scores(
-        self, params: Any, adapter: Adapter, batch: Any, dropout_key: jax.Array | None = None
-    ) -> Scores:
-        """What the decoder thinks of every token that follows another; (rows, time)."""
-        inputs = batch["source"], batch["tokens"], batch["source_mask"]
-        logits = self.apply(params, adapter, *inputs, dropout_key=dropout_key)
-        return score(logits, next_tokens(batch))
+    def inputs(self, batch: Any) -> tuple[Any, ...]:
+        """What the encoder reads, and the decoder."""
+        return batch["source"], batch["tokens"], batch["source_mask"]
 
 
 def prepare(options: Finetune) -> Seq2SeqTask:

@@ -32,6 +32,8 @@ from lora_mini_jax.plan import Site
 from lora_mini_jax.tree import Target, check_fit, flatten, unflatten
 
 AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+ROWS_ALONE = f"{DATA}=-1"
+"""The mesh where nobody says: every device has all kernels, and rows of its own."""
 Sides = tuple[str | None, str | None]
 """The mesh axes that a kernel's inputs and its outputs are split over."""
 Rules = Mapping[str, Sides]
@@ -48,12 +50,12 @@ are no kernels stay whole."""
 _OTHERS: Sides = (FSDP, TENSOR)
 
 
-def make_mesh(sizes: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: str = ROWS_ALONE, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh from axis sizes such as ``"data=2,fsdp=2,tensor=2"``.
 
     Args:
         sizes: of the axes ``data``, ``fsdp`` and ``tensor``; one that is left out is 1, and one
-            may be -1: what the others leave of the devices.
+            may be -1: what the others leave of the devices. By default rows alone are split.
         devices: all of ``jax.devices()`` by default.
 
     Raises:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import profile
 from benchmarks.row import COLUMNS, Options
 from benchmarks.step import main
 from lora_mini_jax import UserError
@@ -39,7 +40,8 @@ def record(tmp_path_factory):
     flags = [word for name, size in SIZES.items() for word in (f"--{name}", str(size))]
     with mock.patch("benchmarks.step.rivals", return_value={"theirs": failing}):
         main(["--quick", "--rivals", "--json", str(path), *flags, "--methods", *MORE])
-    return json.loads(path.read_text()) | {"picture": path.with_suffix(".svg").read_text()}
+    beside = {kind: path.with_suffix(kind).read_text() for kind in (".svg", ".md")}
+    return json.loads(path.read_text()) | beside
 
 
 @pytest.fixture(scope="module")
@@ -117,24 +119,54 @@ def test_the_file_holds_what_it_promises(record):
     assert [row["name"] for row in ours] == NAMES
     assert theirs == {**WHERE, "name": "theirs", "error": "RuntimeError: no compiler"}
     for row in ours:
-        unknown = () if row["name"] not in ("frozen floor", "full") else SAVED
+        unknown = SAVED if row["name"] == "frozen floor" else ()
         assert set(row) == {"name", "trained_in", *COLUMNS, *WHERE} - set(unknown)
         assert row.items() >= WHERE.items()
         assert row["trained_in"] == ("" if row["name"] == "frozen floor" else "float32")
         assert row["peak_bytes"] > row["temp_bytes"] + 4 * row["trainable"]
+    assert [line.split(" | ")[0] for line in record[".md"].splitlines()[4:]] == [
+        f"| {name}" for name in NAMES
+    ]
     for name in (*NAMES[1:], "theirs"):
-        assert f"<!-- {name} -->" in record["picture"]
+        assert f"<!-- {name} -->" in record[".svg"]
     assert record["config"].items() >= SIZES.items()
     assert record["device"]
     assert record["versions"]["jax"] == jax.__version__
     assert record["command"].startswith("python -m benchmarks.step --quick --rivals --json")
 
 
+def test_a_profile_accounts_for_every_product(tmp_path):
+    path, flags = tmp_path / "profile.json", [f"--{name}={size}" for name, size in SIZES.items()]
+    profile.main(["--quick", "--json", str(path), *flags, "--methods"])
+    rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == [name for name in NAMES if name not in MORE]
+    for name, counted in (("frozen floor", floor(SMALL)), ("lora", lora(SMALL))):
+        assert sum(rows[name]["gflop"].values()) == pytest.approx(counted / 1e9, rel=0.01)
+        assert rows[name]["ms"].keys() == set(profile.SORTS)
+        assert all(rows[name]["ms"][sort] > 0 for sort in rows[name]["gflop"])
+
+
+def test_operations_are_told_apart():
+    def step(x, wide, thin, heads):
+        return jnp.sin(x @ wide).T, x @ thin, jnp.einsum("hij,hkj->hik", heads, heads)
+
+    sizes = (256, 256), (256, 512), (256, 8), (4, 32, 16)
+    shapes = [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes]
+    text = jax.jit(step).lower(*shapes).compile().as_text()
+    assert text
+    found = profile.operations(text).values()
+    products = {sort: gflop for sort, gflop in found if gflop}
+    assert products["wide"] == pytest.approx(2 * 256 * 256 * 512 / 1e9)
+    assert products["attention"] == pytest.approx(2 * 4 * 32 * 32 * 16 / 1e9)
+    assert products["thin"] == pytest.approx(2 * 256 * 256 * 8 / 1e9)
+    assert "copies" in {sort for sort, _ in found}
+
+
 def test_the_default_is_the_whole_table_and_shapes_are_told_apart():
     assert {spec.partition(":")[0] for spec in Options().methods} == {"miss", "dora", "switchlora"}
     first, second = Options(shapes=("64x8x2", "128x16x1")).each()
-    assert (first.width, first.length, first.batch, first.ff) == (64, 8, 2, 256)
-    assert (second.width, second.length, second.batch, second.ff) == (128, 16, 1, 512)
+    assert (first.width, first.length, first.batch) == (64, 8, 2)
+    assert (second.width, second.length, second.batch) == (128, 16, 1)
     with pytest.raises(UserError, match="1024x512x2"):
         Options(shapes=("64x8",)).each()
 

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from lora_mini_jax import UserError
 from lora_mini_jax.finetune import finetune
 from lora_mini_jax.options import to_json
+from tests.conftest import CHEAPLY
 from tests.runs import options, stopped_at
 
 HEARTBEAT_SECONDS = 10
@@ -111,7 +112,7 @@ def started(
     config.write_text(json.dumps(to_json(given(place, name, **changes))))
     command = [sys.executable, "-c", PROGRAM, "finetune", "--config", str(config),
                "--coordinator", address, "--processes", str(count)]  # fmt: skip
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    flags = f"{CHEAPLY} --xla_force_host_platform_device_count={devices}"
     return [
         subprocess.Popen(
             [*command, "--process", str(i), *(() if i else first)],

@@ -1,5 +1,6 @@
 """Scores of labels are those that whole logits give, without whole logits in memory."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from lora_mini_jax import init, linen
 from lora_mini_jax.methods import LoRA
-from lora_mini_jax.models import GPT2, GPT2Config, Llama, LlamaConfig
+from lora_mini_jax.models import GPT2, T5, GPT2Config, Llama, LlamaConfig, T5Config
 from lora_mini_jax.models.scoring import CHUNK
 from lora_mini_jax.scores import score
 from tests.cases import random_params, randomised
@@ -30,31 +31,37 @@ def models() -> dict[str, Any]:
         "n_head": 1,
         "n_positions": 1024,
     }
+    t5 = T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     return {
         "untied": Llama(LlamaConfig(**LLAMA, tie_word_embeddings=False)),
         "tied": Llama(LlamaConfig(**LLAMA, tie_word_embeddings=True)),
         "gpt2": GPT2(GPT2Config(**small), jnp.float32, jnp.float32),
+        "t5": T5(t5),
+        "t5 untied": T5(replace(t5, tie_word_embeddings=False)),
     }
 
 
-@pytest.mark.parametrize("name", ["untied", "tied", "gpt2"])
+@pytest.mark.parametrize("name", ["untied", "tied", "gpt2", "t5", "t5 untied"])
 def test_scores_and_gradients_are_those_of_whole_logits(name: str):
     model = models()[name]
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, VOCAB, (2, TIME)))
     labels, shapes = jnp.roll(tokens, -1, 1), jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    params = random_params(model, shapes, scale=0.1)
+    read = (tokens[:, :5],) if name.startswith("t5") else ()
+    params = random_params(model, *(shapes for _ in read), shapes, scale=0.1)
     # The head is adapted too: its factors must come into the scan.
-    targets = linen.targets(model, params, tokens)
-    chosen = [t for t in targets if "lm_head" in t.path or "embed" in t.path or "wte" in t.path]
+    heads = ("lm_head", "embed", "wte", "shared")
+    targets = linen.targets(model, params, *read, tokens)
+    chosen = [t for t in targets if any(head in t.path for head in heads)]
     adapter = randomised(init(params, LoRA(rank=2), chosen), 0.1)
     apply = linen.adapt(model)
 
     def in_chunks(trainable: Any, tokens: Any, labels: Any) -> Any:
-        found = apply(params, adapter.with_trainable(trainable), tokens, labels=labels)
+        now = adapter.with_trainable(trainable)
+        found = apply(params, now, *read, tokens, labels=labels)
         return found.losses.sum(), found
 
     def whole(trainable: Any, tokens: Any, labels: Any) -> Any:
-        found = score(apply(params, adapter.with_trainable(trainable), tokens), labels)
+        found = score(apply(params, adapter.with_trainable(trainable), *read, tokens), labels)
         return found.losses.sum(), found
 
     steps = [jax.jit(jax.value_and_grad(f, has_aux=True)) for f in (in_chunks, whole)]

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from lora_mini_jax.models import attention
 from lora_mini_jax.models.family import Family, token_inputs
+from lora_mini_jax.models.scoring import scored
 from lora_mini_jax.models.stack import run_stack
 from lora_mini_jax.models.t5_config import T5Config
 from lora_mini_jax.models.t5_layers import Block, Part, distance_rows
@@ -75,7 +76,9 @@ class T5(Part):
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, tokens, decoder_tokens, mask=None, decoder_mask=None, cache=None):
+    def __call__(
+        self, tokens, decoder_tokens, mask=None, decoder_mask=None, cache=None, *, labels=None
+    ):
         """Logits (batch, time, vocab) float32, or ``(logits, cache)`` where a cache is given.
 
         Args:
@@ -87,6 +90,8 @@ class T5(Part):
             decoder_mask: (batch, time) int32, 0 where ``decoder_tokens`` are padding; None:
                 nowhere. The logits of padding are finite, to be ignored.
             cache: from `init_cache` or an earlier call; ``decoder_tokens`` are written after it.
+            labels: (batch, time) int32, what is to come at each place: then `Scores` of them are
+                returned in place of logits, which are never in memory as a whole.
         """
         c, kv, start = self.config, None, 0
         words = self.table("shared", c.vocab_size, c.d_model, 1.0, self.dtype)
@@ -104,11 +109,15 @@ class T5(Part):
         (causal,), slots = attention.causal_masks(decoder_tokens, decoder_mask, cache)
         decoder = Stack(*self.args, True, *halves, name="decoder")
         x, kept = decoder(words(decoder_tokens), causal, memory, seen, start, (kv, cross))
-        if c.tie_word_embeddings:
-            logits = words.attend(x * c.d_model**-0.5)
-        else:
-            logits = self.dense("lm_head", c.vocab_size, 1.0)(x)
-        logits = logits.astype(jnp.float32)
+        tied = c.tie_word_embeddings
+        head = words if tied else self.dense("lm_head", c.vocab_size, 1.0)
+
+        def logits_of(head, x):
+            return (head.attend(x * c.d_model**-0.5) if tied else head(x)).astype(jnp.float32)
+
+        if labels is not None:
+            return scored(head, logits_of, x, labels)
+        logits = logits_of(head, x)
         if cache is None:
             return logits
         (k, v), (cross_k, cross_v) = kept
