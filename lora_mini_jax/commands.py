@@ -1,5 +1,6 @@
 """The commands that use a trained adapter: continue or answer prompts, merge, export."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +9,6 @@ from lora_mini_jax import decode, decode_seq2seq, peft, storage
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.data import Tokenizer, load_tokenizer
 from lora_mini_jax.data.pairs import source_ids
-from lora_mini_jax.errors import UserError
 from lora_mini_jax.finetune import Log
 from lora_mini_jax.head import head_of, load_for
 from lora_mini_jax.models import load
@@ -23,14 +23,10 @@ def run_generate(options: Generate, say: Log = print) -> list[str]:
     """Continue each prompt and say it, or say what a T5 answers; returns what the model wrote.
 
     Raises:
-        UserError: a model or adapter that cannot be used, or sampling settings that are out of
-            range or not for this model.
+        UserError: a model or adapter that cannot be used, or settings out of range.
     """
     folder = resolve(options.model)
     answers = type(load_module(folder)) is T5
-    if answers and (options.temperature, options.top_p) != (0, 1):
-        raise UserError("a T5 answers with the likeliest tokens only: leave --temperature and "
-                        "--top-p out")  # fmt: skip
     given = options.adapter
     model, params = load(folder) if given is None else load_for(given, folder)
     tokenizer = load_tokenizer(folder)
@@ -38,42 +34,29 @@ def run_generate(options: Generate, say: Log = print) -> list[str]:
     if options.adapter is not None:
         allow = options.allow_different_base
         adapter = storage.load(options.adapter, params, allow_different_base=allow)
-    write = _answers if answers else _continuations
-    written = write(options, tokenizer, model, params, adapter)
-    texts = [tokenizer.decode(ids) for ids in written]
-    for prompt, text in zip(options.prompt, texts, strict=True):
-        say(text if answers else prompt + text)
-    return texts
-
-
-def _continuations(
-    options: Generate, tokenizer: Tokenizer, model: Any, params: Any, adapter: Adapter | None
-) -> list[list[int]]:
-    """What a decoder writes after each prompt."""
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return decode.generate(
+    write, ids_of = (
+        (decode_seq2seq.generate, source_ids) if answers else (decode.generate, _prompt_ids)
+    )
+    written = write(
         model,
         params,
-        [start + tokenizer.encode(prompt) for prompt in options.prompt],
+        ids_of(tokenizer, options.prompt),
         adapter=adapter,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
     )
+    texts = [tokenizer.decode(ids) for ids in written]
+    for prompt, text in zip(options.prompt, texts, strict=True):
+        say(text if answers else prompt + text)
+    return texts
 
 
-def _answers(
-    options: Generate, tokenizer: Tokenizer, model: Any, params: Any, adapter: Adapter | None
-) -> list[list[int]]:
-    """What a model with an encoder writes when it has read each prompt."""
-    return decode_seq2seq.generate(
-        model,
-        params,
-        source_ids(tokenizer, options.prompt),
-        adapter=adapter,
-        max_new_tokens=options.max_new_tokens,
-    )
+def _prompt_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text as a decoder continues it."""
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return [start + tokenizer.encode(text) for text in texts]
 
 
 def run_merge(options: Merge, say: Log = print) -> None:

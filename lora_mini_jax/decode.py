@@ -22,9 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.linen import adapt
 from lora_mini_jax.models.attention import init_cache
 from lora_mini_jax.models.families import DECODERS
 from lora_mini_jax.processes import on_host
+from lora_mini_jax.sampling import sampling, write, wrong_settings
 
 _BUCKET = 32  # prompts are padded to a multiple, so that a few programs serve every length
 
@@ -64,7 +66,8 @@ def generate(
     known = [family.module for family in DECODERS]
     if type(model) not in known:
         raise UserError(f"cannot generate with a {type(model).__name__}: give a decoder that load "
-                        f"reads, {' or '.join(each.__name__ for each in known)}")  # fmt: skip
+                        f"reads, {' or '.join(each.__name__ for each in known)}; a T5 answers with "
+                        "lora_mini_jax.decode_seq2seq")  # fmt: skip
     config: Any = model.config
     rows = [np.asarray(prompt) for prompt in prompts]
     _check(config, rows, max_new_tokens, temperature, top_p)
@@ -72,9 +75,8 @@ def generate(
         return []
     tokens, valid = padded(rows)
     ends = end_ids(config, eos_id)
-    # Arrays, not Python numbers: another temperature must not be another program.
-    knobs = jnp.float32(temperature), jnp.float32(top_p), jax.random.key(seed)
-    out = _run(model, max_new_tokens, params, adapter, tokens, valid, ends, knobs)
+    how = sampling(temperature, top_p, seed)
+    out = _run(model, max_new_tokens, params, adapter, tokens, valid, ends, how)
     return rows_of(out)
 
 
@@ -121,64 +123,29 @@ def _check(config: Any, rows: list, new: int, temperature: float, top_p: float) 
     longest = max((row.size for row in rows), default=0)
     if longest + new > (limit := config.max_position_embeddings):
         bad.append(f"{longest} prompt tokens and max_new_tokens={new} exceed the model's {limit}")
-    if not 0 <= temperature < float("inf"):
-        bad.append(f"temperature={temperature} is not a finite number from 0")
-    if not 0 < top_p <= 1:
-        bad.append(f"top_p={top_p} is not above 0 and at most 1")
-    if bad:
+    if bad := bad + wrong_settings(temperature, top_p):
         raise UserError(f"cannot generate: {'; '.join(bad)}; correct these arguments")
 
 
-def _pick(logits: jax.Array, temperature: jax.Array, top_p: jax.Array, key: jax.Array):
-    """One token id (batch,) int32 from logits (batch, vocab) float32."""
-
-    def sample():
-        # The maximum is taken off first: a tiny temperature then gives -inf, never inf - inf.
-        scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
-        order = jnp.argsort(-scaled, axis=-1)
-        ranked = jnp.take_along_axis(scaled, order, axis=-1)
-        probs = jax.nn.softmax(ranked, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs
-        # At 1 everything stays, though a rounded sum may pass 1 before the tail.
-        kept = jnp.where((before < top_p) | (top_p >= 1), ranked, -jnp.inf)
-        rank = jax.random.categorical(key, kept, axis=-1)
-        return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
-
-    def greedy():
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    return jax.lax.cond(temperature > 0, sample, greedy)
-
-
 @partial(jax.jit, static_argnums=(0, 1))
-def _run(model: Any, new: int, params, adapter, tokens, valid, ends, knobs) -> jax.Array:
+def _run(model: Any, new: int, params, adapter, tokens, valid, ends, how) -> jax.Array:
     """New tokens (batch, new) int32, -1 from a row's end on; prompts are padded on the left."""
-    temperature, top_p, key = knobs
     batch, width = tokens.shape
 
     def call(tokens, positions, segments, cache):
         kw = {"positions": positions, "segment_ids": segments, "cache": cache}
         if adapter is None:
             return model.apply({"params": params}, tokens, **kw)
-        from lora_mini_jax.linen import adapt
-
         return adapt(model)(params, adapter, tokens, **kw)
 
-    def body(state):
-        """Record token i and ask for the next: the sampler is compiled once, in here alone."""
-        i, logits, position, cache, out, done = state
-        token = _pick(logits, temperature, top_p, jax.random.fold_in(key, i))
-        # A finished row records -1, and what it is fed from then on no longer matters.
-        done |= jnp.any(token[:, None] == ends, axis=-1)
-        out = out.at[:, i].set(jnp.where(done, -1, token))
+    def follow(token, carry):
+        position, cache = carry
         one = jnp.ones((batch, 1), jnp.int32)
-        logits, cache = call(token[:, None], position[:, None], one, cache)
-        return i + 1, logits[:, -1], position + 1, cache, out, done
+        logits, cache = call(token, position[:, None], one, cache)
+        return logits[:, -1], (position + 1, cache)
 
     cache = init_cache(model.config, batch, width + new, model.dtype)
     # A row's first real token stands at position 0, wherever its padding ends.
     positions = jnp.maximum(jnp.cumsum(valid, axis=-1) - 1, 0)
     logits, cache = call(tokens, positions, valid, cache)
-    out, done = jnp.full((batch, new), -1, jnp.int32), jnp.zeros(batch, bool)
-    state = (jnp.int32(0), logits[:, -1], positions[:, -1] + 1, cache, out, done)
-    return jax.lax.while_loop(lambda s: (s[0] < new) & ~jnp.all(s[5]), body, state)[4]
+    return write(how, logits[:, -1], (positions[:, -1] + 1, cache), follow, new, ends)

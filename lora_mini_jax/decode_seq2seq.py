@@ -1,4 +1,4 @@
-"""Text from a model with an encoder, plain or adapted: sources of different lengths, greedy.
+"""Text from a model with an encoder, plain or adapted: sources of different lengths.
 
 The encoder reads once; what the decoder's layers see of it, and of what is written, is cached.
 
@@ -25,6 +25,7 @@ from lora_mini_jax.decode import end_ids, padded, rows_of, wrong_rows
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.linen import adapt
 from lora_mini_jax.models.t5 import T5, init_cache
+from lora_mini_jax.sampling import sampling, write, wrong_settings
 
 
 def generate(
@@ -34,10 +35,12 @@ def generate(
     *,
     adapter: Any = None,
     max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
     eos_id: int | Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Answer each source with the likeliest token after token; compiled once for a model, batch
-    size, length bucket and token count.
+    """Answer each source; compiled once for a model, batch size, length bucket and token count.
 
     Args:
         model, params: a T5, as :func:`lora_mini_jax.models.load` returns it.
@@ -45,29 +48,34 @@ def generate(
             usually with the end token at their end.
         adapter: an adapter of ``params``, or None for the plain model.
         max_new_tokens: the most tokens a row may gain.
+        temperature: 0 takes the likeliest token; above, logits are divided by it and sampled.
+        top_p: sample from the smallest set of likeliest tokens whose probability reaches this.
+        seed: of the sampling; equal calls give equal text.
         eos_id: id or ids that end a row; None takes the config's, ``()`` never ends one.
 
     Returns:
         The tokens of each row, without the one that starts it and without the end token.
 
     Raises:
-        UserError: a model without an encoder, an empty source, ids outside the vocabulary or no
-            tokens to make; all of them in one line.
+        UserError: a model without an encoder, an empty source, ids outside the vocabulary, no
+            tokens to make, or sampling settings out of range; all of them in one line.
     """
     if type(model) is not T5:
         raise UserError(f"cannot answer with a {type(model).__name__}: give a T5; decoders "
                         "generate with lora_mini_jax.decode")  # fmt: skip
     rows = [np.asarray(source) for source in sources]
-    if bad := wrong_rows(model.config, rows, max_new_tokens):
+    bad = wrong_rows(model.config, rows, max_new_tokens) + wrong_settings(temperature, top_p)
+    if bad:
         raise UserError(f"cannot generate: {'; '.join(bad)}; correct these arguments")
     if not rows:
         return []
     ends = end_ids(model.config, eos_id)
-    return rows_of(_run(model, max_new_tokens, params, adapter, *padded(rows), ends))
+    how = sampling(temperature, top_p, seed)
+    return rows_of(_run(model, max_new_tokens, params, adapter, *padded(rows), ends, how))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _run(model: T5, new: int, params, adapter, tokens, mask, ends) -> jax.Array:
+def _run(model: T5, new: int, params, adapter, tokens, mask, ends, how) -> jax.Array:
     """New tokens (batch, new) int32, -1 from a row's end on."""
     batch = tokens.shape[0]
 
@@ -78,19 +86,11 @@ def _run(model: T5, new: int, params, adapter, tokens, mask, ends) -> jax.Array:
         apply = adapt(model, whole=tokens is not None)
         return apply(params, adapter, tokens, written, mask, cache=cache)
 
-    def body(state):
-        """Record token i and ask for the next."""
-        i, logits, cache, out, done = state
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        # A finished row records -1, and what it is fed from then on no longer matters.
-        done |= jnp.any(token[:, None] == ends, axis=-1)
-        out = out.at[:, i].set(jnp.where(done, -1, token))
-        logits, cache = call(None, token[:, None], cache)
-        return i + 1, logits[:, -1], cache, out, done
+    def follow(token, cache):
+        logits, cache = call(None, token, cache)
+        return logits[:, -1], cache
 
     first = jnp.full((batch, 1), model.config.decoder_start_token_id, jnp.int32)
     cache = init_cache(model.config, batch, 1 + new, model.dtype)
     logits, cache = call(tokens, first, cache, mask)
-    out, done = jnp.full((batch, new), -1, jnp.int32), jnp.zeros(batch, bool)
-    state = (jnp.int32(0), logits[:, -1], cache, out, done)
-    return jax.lax.while_loop(lambda s: (s[0] < new) & ~jnp.all(s[4]), body, state)[3]
+    return write(how, logits[:, -1], cache, follow, new, ends)

@@ -65,9 +65,16 @@ def test_a_t5_answers_its_prompts(place, capsys):
     assert len(samples) == 2
 
 
-def test_a_t5_does_not_sample(place, capsys):
-    argv = ["generate", "--model", place / "t5", "--prompt", "say red", "--temperature", "0.5"]
-    assert "leave --temperature and --top-p out" in refused(capsys, *argv)
+def test_a_t5_samples_by_its_seed(place, capsys):
+    def said(*how: str) -> str:
+        run(place, "generate", "t5", "--max-new-tokens", "8", "--prompt", "say red", *how)
+        return capsys.readouterr().out
+
+    assert said("--temperature", "3") == said("--temperature", "3", "--seed", "0")
+    assert said("--temperature", "3") != said("--temperature", "3", "--seed", "1")
+    assert said("--temperature", "3", "--top-p", "1e-6") == said()
+    argv = ["generate", "--model", place / "t5", "--prompt", "say red", "--top-p", "0"]
+    assert "top_p=0" in refused(capsys, *argv)
 
 
 def test_a_merged_t5_is_the_same_in_transformers(place, ours):

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_mini_jax.decode import _pick, generate
+from lora_mini_jax.decode import generate
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models import Llama, LlamaConfig, load
+from lora_mini_jax.sampling import pick, sampling
 
 SHARED = Path(os.environ.get("LMJ_SHARED", Path(__file__).parents[1] / "../shared"))
 PROMPTS = [[5], [7, 9, 11, 4, 33], [8] * 3 + [21, 22, 23] * 4]
@@ -109,8 +110,7 @@ def test_same_seed_same_text(small):
 
 def picks(logits, temperature, top_p, count=4000):
     rows = jnp.tile(jnp.asarray(logits, jnp.float32), (count, 1))
-    knobs = jnp.float32(temperature), jnp.float32(top_p), jax.random.key(0)
-    return np.asarray(jax.jit(_pick)(rows, *knobs))
+    return np.asarray(jax.jit(pick)(rows, sampling(temperature, top_p, 0)))
 
 
 PROBS = np.array([0.1, 0.4, 0.05, 0.3, 0.15])

@@ -156,6 +156,21 @@ def test_adapted_text_is_the_merged_models_and_rows_end(oracles):
     assert generate(model, params, []) == []
 
 
+def test_sampled_tokens_have_the_models_probabilities(oracles):
+    model, params = read(oracles("flan")[0], scan_layers=True)
+    many = [SOURCES[1]] * 4000
+    how: dict[str, Any] = {"temperature": 0.7, "top_p": 0.8, "eos_id": ()}
+    got = [row[0] for row in generate(model, params, many, max_new_tokens=1, **how)]
+    logits = run(model, params, jnp.asarray(SOURCES[1])[None], jnp.zeros((1, 1), jnp.int32))
+    probs = np.asarray(jax.nn.softmax(logits[0, 0] / 0.7))
+    likeliest = np.argsort(-probs)
+    nucleus = likeliest[: 1 + np.searchsorted(np.cumsum(probs[likeliest]), 0.8)]
+    counts = np.bincount(got, minlength=probs.size) / len(many)
+    assert set(got) <= set(nucleus.tolist())
+    kept = probs * np.isin(np.arange(probs.size), nucleus)
+    np.testing.assert_allclose(counts, kept / kept.sum(), atol=0.04)
+
+
 @pytest.mark.parametrize("scan", [False, True])
 def test_cached_decoding_equals_the_full_forward(oracles, scan):
     model, params = read(oracles("flan")[0], scan_layers=scan)

@@ -51,7 +51,7 @@ class Generate:
     """An adapter folder, such as runs/finetune/adapter."""
     max_new_tokens: int = 64
     temperature: float = 0.0
-    """0 takes the likeliest token every time, as a T5 always does."""
+    """0 takes the likeliest token every time; above, logits are divided by it and sampled."""
     top_p: float = 1.0
     """Sample from the smallest set of likeliest tokens of this probability."""
     seed: int = 0
