@@ -90,10 +90,10 @@ def own_memory() -> int:
 def data(o: Options, folder: Path) -> tuple[Any, dict[str, Any]]:
     """Batches, and what it cost to come by them."""
     from lora_mini_jax.data import Batches, load_tokenizer
-    from lora_mini_jax.language_task import recipe
     from lora_mini_jax.options import Finetune
     from lora_mini_jax.options.adapter import BASE
-    from lora_mini_jax.task import read_rows
+    from lora_mini_jax.tasks.data import read_rows
+    from lora_mini_jax.tasks.language import recipe
 
     given = Finetune(data=str(folder / "text.jsonl"), max_length=o.length,
                      overlong="truncate", cache_dir=str(folder / "rows"))  # fmt: skip

@@ -22,14 +22,14 @@ import jax
 import numpy as np
 import tyro
 
-from lora_mini_jax.compare import compare
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import read_json, write_json, write_text
-from lora_mini_jax.finetune import finetune
 from lora_mini_jax.models import load, save
 from lora_mini_jax.options import Compare
-from lora_mini_jax.plots import loss_against
-from lora_mini_jax.report import COSTS
+from lora_mini_jax.runs.compare import compare
+from lora_mini_jax.runs.finetune import finetune
+from lora_mini_jax.runs.plots import loss_against
+from lora_mini_jax.runs.report import COSTS
 
 Row = dict[str, Any]
 TYPES = "ABCDEF"

@@ -10,8 +10,8 @@ weights. The figures are those of ``lora-mini inspect --config-only --json``. Wr
 from pathlib import Path
 from typing import Any
 
+from lora_mini_jax.commands.inspect import inspect
 from lora_mini_jax.files import write_json, write_text
-from lora_mini_jax.inspect import inspect
 from lora_mini_jax.options import Inspect
 
 HERE = Path(__file__).parent

@@ -29,14 +29,14 @@ from lora_mini_jax.adapter import Adapter, count, draw
 from lora_mini_jax.choice import discretise, openings
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import read_json, write_json, write_text
-from lora_mini_jax.loop import make_evaluate
 from lora_mini_jax.methods import DiffoRA, LoRA
 from lora_mini_jax.methods.diffora import Relaxation
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.plan import Site, plan
-from lora_mini_jax.schedule import optimizer
+from lora_mini_jax.runs.loop import make_evaluate
+from lora_mini_jax.runs.schedule import optimizer
 from lora_mini_jax.search import halves, make_search_step, search_state
-from lora_mini_jax.task import Task, prepare
+from lora_mini_jax.tasks.task import Task, prepare
 from lora_mini_jax.train import TrainState, make_train_step
 
 SEARCHED = "DiffoRA"

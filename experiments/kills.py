@@ -34,7 +34,12 @@ LAYOUTS = {
     "other meshes": ((2, "fsdp=4"), (1, "data=4"), (2, "data=2,tensor=2"), (1, "fsdp=2,tensor=2")),
 }
 """For each run, the numbers of processes and the meshes that it is started with in turn."""
-PRELOAD = ["lora_mini_jax.finetune", "lora_mini_jax.cli", "orbax.checkpoint", "matplotlib.figure"]
+PRELOAD = [
+    "lora_mini_jax.runs.finetune",
+    "lora_mini_jax.cli",
+    "orbax.checkpoint",
+    "matplotlib.figure",
+]
 STARTING = 8.0
 """Seconds: about what a start takes until the first step."""
 LEFT_ALONE = 10

@@ -25,13 +25,13 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
+from lora_mini_jax.commands.forecast import plan_step
 from lora_mini_jax.files import write_json, write_text
-from lora_mini_jax.finetune import finetune
-from lora_mini_jax.forecast import plan_step
-from lora_mini_jax.meter import Meter
 from lora_mini_jax.models import Llama, LlamaConfig, save
 from lora_mini_jax.options import PlanStep
 from lora_mini_jax.options.adapter import BASE
+from lora_mini_jax.runs.finetune import finetune
+from lora_mini_jax.runs.meter import Meter
 
 HERE = Path(__file__).parent
 SHAPE = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4,

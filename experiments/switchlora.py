@@ -28,8 +28,8 @@ from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import read_json, write_json, write_text
 from lora_mini_jax.options import Pretrain
 from lora_mini_jax.options.pretrain import FromScratch
-from lora_mini_jax.pretrain import pretrain
-from lora_mini_jax.runs import RunFolder
+from lora_mini_jax.runs.folder import RunFolder
+from lora_mini_jax.runs.pretrain import pretrain
 
 Row = dict[str, Any]
 KEPT = ("trainable", "exchanged_bytes", "optimizer_bytes", "frozen_bytes", "base_bytes",

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from statistics import mean, stdev
 from typing import Any
 
-from lora_mini_jax.plots import loss_curves
+from lora_mini_jax.runs.plots import loss_curves
 
 Row = dict[str, Any]
 COUNTS = {

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_mini_jax.draws import fold_path, split_key
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.method import Factors, Method, fold_path, split_key
+from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.plan import Site, by_method, plan
 from lora_mini_jax.tree import Target, matrices, over_lead
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.adapter import Adapter, as_key
+from lora_mini_jax.draws import fold_path, split_key
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.method import fold_path, split_key
 from lora_mini_jax.plan import Site
 from lora_mini_jax.selection import listing
 from lora_mini_jax.tree import check_fit, dense, flatten, over_lead, unflatten

@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import io
-import json
 import re
 import sys
 from collections import deque
@@ -30,19 +29,21 @@ from lora_mini_jax.options import (
     from_file,
 )
 
-COMMANDS: dict[str, Any] = {
-    "finetune": Finetune,
-    "compare": Compare,
-    "pretrain": Pretrain,
-    "methods": Methods,
-    "inspect": Inspect,
-    "plan": PlanStep,
-    "generate": Generate,
-    "predict": Predict,
-    "merge": Merge,
-    "export": Export,
-    "demo": Demo,
+COMMANDS: dict[str, tuple[type, str, str]] = {
+    "finetune": (Finetune, "commands.finetune", "run_finetune"),
+    "compare": (Compare, "runs.compare", "compare"),
+    "pretrain": (Pretrain, "runs.pretrain", "pretrain"),
+    "methods": (Methods, "commands.methods", "run_methods"),
+    "inspect": (Inspect, "commands.inspect", "run_inspect"),
+    "plan": (PlanStep, "commands.forecast", "run_plan"),
+    "generate": (Generate, "commands.adapters", "run_generate"),
+    "predict": (Predict, "commands.predict", "run_predict"),
+    "merge": (Merge, "commands.adapters", "run_merge"),
+    "export": (Export, "commands.adapters", "run_export"),
+    "demo": (Demo, "runs.demo", "demo"),
 }
+"""Each command's options, and the function that takes them: its module and its name."""
+OPTIONS: dict[str, Any] = {name: options for name, (options, _, _) in COMMANDS.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -69,14 +70,14 @@ def parse(argv: list[str]) -> Any:
 
     argv, config = _take_config(argv)
     command = argv[0] if argv else ""
-    cls = COMMANDS.get(command)
+    cls = OPTIONS.get(command)
     default = from_file(cls, config) if cls and config is not None else None
     argv = _settings_as_words(argv, cls, default)
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
             if config is None:
-                return tyro.extras.subcommand_cli_from_dict(COMMANDS, args=argv, prog="lora-mini")
+                return tyro.extras.subcommand_cli_from_dict(OPTIONS, args=argv, prog="lora-mini")
             if cls is None:
                 raise UserError(f"unknown command {command!r}: choose from {', '.join(COMMANDS)}")
             return tyro.cli(cls, args=argv[1:], default=default, prog=f"lora-mini {command}")
@@ -100,45 +101,13 @@ def run(options: Any) -> None:
 
 def carry_out(options: Any) -> None:
     """The command itself. What it needs is imported here, so that ``--help`` is quick."""
-    if isinstance(options, Compare):
-        _needed("compare", "compare")(options)
-    elif isinstance(options, PlanStep):
-        _needed("forecast", "run_plan")(options)
-    elif isinstance(options, Finetune):
-        say_summary(_needed("finetune", "finetune")(options), options)
-    elif isinstance(options, Pretrain):
-        _needed("pretrain", "pretrain")(options)
-    elif isinstance(options, Inspect):
-        report = _needed("inspect", "inspect")(options)
-        print(json.dumps(report, indent=2) if options.json else _needed("inspect", "text")(report))
-    elif isinstance(options, Methods):
-        print(_needed("inspect", "methods_text")())
-    elif isinstance(options, Generate):
-        _needed("commands", "run_generate")(options)
-    elif isinstance(options, Predict):
-        _needed("predict", "run_predict")(options)
-    elif isinstance(options, Merge):
-        _needed("commands", "run_merge")(options)
-    elif isinstance(options, Export):
-        _needed("commands", "run_export")(options)
-    else:
-        _needed("demo", "demo")(options)
+    ((module, name),) = (home for kind, *home in COMMANDS.values() if kind is type(options))
+    _needed(module, name)(options)
 
 
 def _needed(module: str, name: str) -> Any:
     """What a module of the package defines, imported only now."""
     return getattr(importlib.import_module(f"lora_mini_jax.{module}"), name)
-
-
-def say_summary(summary: dict[str, Any], options: Finetune) -> None:
-    """The end of a fine-tuning run: the table, and where things are."""
-    from lora_mini_jax.report import kept_text
-    from lora_mini_jax.tables import table_row, table_text
-
-    print(table_text([table_row(summary["method"], [summary])]))
-    if kept := kept_text(summary):
-        print(kept.strip())
-    print(f"adapter: {options.output_dir}/adapter\nreport:  {options.output_dir}/report.html")
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:

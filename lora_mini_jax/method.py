@@ -7,17 +7,17 @@ page of formulas. What few methods need (a dense update, a step of their own, ke
 on each other) are hooks with defaults that do nothing.
 """
 
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, NamedTuple, Self, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.checks import require_number
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.settings import Settings
 
 Factors = dict[str, jax.Array]
 """A kernel's adapter leaves by name, trainable and frozen ones together."""
@@ -42,7 +42,7 @@ class Stepped(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method(ABC):
+class Method(Settings, ABC):
     """An adapter method. Subclass it, and give it one line in ``methods/__init__.py``.
 
     The laws it must obey are in ``tests/test_laws.py``: ``shift + delta(x) == x @ (merge(W) - W)``,
@@ -53,9 +53,6 @@ class Method(ABC):
         dropout: share of a layer's input that the adapter does not see, anew at every training
             step; the frozen kernel sees all of it, and so does the adapter in evaluation.
     """
-
-    name: ClassVar[str]
-    """What the command line and saved files call it."""
 
     default_targets: ClassVar[str | tuple[str, ...]] = "all-linear"
     """What it adapts when nobody says, in the words of `selection.select`."""
@@ -196,51 +193,3 @@ class Method(ABC):
         """The learning rate by update that training with this method takes, made of the one that
         was asked for; ``warmup_ratio`` is the share of the steps it rises in."""
         return schedule
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: the fields, with the method's name under ``"method"``."""
-        values = {name: getattr(self, name) for name in self.field_names()}
-        plain = {n: v.to_dict() if isinstance(v, Method) else v for n, v in values.items()}
-        return {"method": self.name, **plain}
-
-    def with_settings(self, settings: Mapping[str, Any]) -> Self:
-        """The same method with other hyper-parameters, by name.
-
-        Raises:
-            UserError: a setting that the method does not have, or a value it does not allow.
-        """
-        return replace(self, **self.checked(settings))
-
-    @classmethod
-    def checked(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings with numbers of the fields' own types; an unknown name is a `UserError`."""
-        if unknown := sorted(set(settings) - set(cls.field_names())):
-            raise UserError(
-                f"{cls.name} has no option {', '.join(unknown)}: choose from "
-                f"{', '.join(cls.field_names())}"
-            )
-        # JSON writes 16.0 as 16; the two must be one method, and one compiled program.
-        hints = get_type_hints(cls)
-        return {n: float(v) if type(v) is int and hints[n] is float else v
-                for n, v in settings.items()}  # fmt: skip
-
-    @classmethod
-    def field_names(cls) -> tuple[str, ...]:
-        """The hyper-parameters this method has, its own first."""
-        names = [f.name for f in fields(cls)]
-        return (*names[1:], names[0])
-
-
-def fold_path(key: jax.Array, path: str) -> jax.Array:
-    """The random stream that belongs to one kernel."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
-
-
-def split_key(key: jax.Array, lead: tuple[int, ...]) -> jax.Array:
-    """A key for each of the stacked matrices of a kernel; the key itself where there is one."""
-    return jax.random.split(key, lead) if lead else key
-
-
-def uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
-    """Float32 draws from ``U(-bound, bound)``."""
-    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)

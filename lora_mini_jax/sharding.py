@@ -17,17 +17,16 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from itertools import chain
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.along import runs_along
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.method import Factors, Method
+from lora_mini_jax.method import Factors
 from lora_mini_jax.plan import Site
 from lora_mini_jax.tree import Target, check_fit, flatten, unflatten
 
@@ -184,7 +183,7 @@ def _of_leaf(
     target = site.target
     along = dict(zip(("in", "out"), _sides(target, rules), strict=True))
     lead = len(target.lead)
-    axes = _runs_along(site.method, target.n_in, target.n_out)[name]
+    axes = runs_along(site.method, target.n_in, target.n_out)[name]
     split = [_dividing(mesh, along.get(axis), size)
              for axis, size in zip(axes, shape[lead:], strict=True)]  # fmt: skip
     return NamedSharding(mesh, PartitionSpec(*[None] * lead, *split))
@@ -193,34 +192,3 @@ def _of_leaf(
 def _dividing(mesh: Mesh, axis: str | None, size: int) -> str | None:
     """The mesh axis, where it divides the size; it is not named where it does nothing."""
     return axis if axis and size % mesh.shape[axis] == 0 else None
-
-
-@lru_cache(maxsize=1024)
-def _runs_along(method: Method, n_in: int, n_out: int) -> dict[str, tuple[str, ...]]:
-    """What each axis of each leaf runs along: ``"in"``, ``"out"``, or ``""`` for neither.
-
-    Nobody has to say so: an axis runs along the inputs if it is twice as long for a kernel with
-    twice the inputs, be the kernel wide or tall (an axis of ``min(in, out)`` passes only one).
-    """
-
-    def shapes(n_in: int, n_out: int) -> dict[str, tuple[int, ...]]:
-        kernel = jax.ShapeDtypeStruct((n_in, n_out), jnp.float32)
-        trainable, frozen = jax.eval_shape(method.init, jax.random.key(0), kernel)
-        return {name: leaf.shape for name, leaf in (trainable | frozen).items()}
-
-    most = max(n_in, n_out)
-    wide, tall = (n_in, n_out * most * 2), (n_in * most * 2, n_out)
-    once = [shapes(*size) for size in (wide, tall)]
-    longer = [shapes(2 * i, o) for i, o in (wide, tall)]
-    broader = [shapes(i, 2 * o) for i, o in (wide, tall)]
-
-    def side(name: str, axis: int) -> str:
-        for word, twice in (("in", longer), ("out", broader)):
-            if all(
-                b[name][axis] == 2 * a[name][axis] > 0 for a, b in zip(once, twice, strict=True)
-            ):
-                return word
-        return ""
-
-    return {name: tuple(side(name, i) for i in range(len(shape)))
-            for name, shape in once[0].items()}  # fmt: skip

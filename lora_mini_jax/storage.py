@@ -19,8 +19,8 @@ from lora_mini_jax.files import new_folder, read_json, write_text, writing
 from lora_mini_jax.method import Factors
 from lora_mini_jax.plan import check
 from lora_mini_jax.processes import on_host, together
-from lora_mini_jax.record import Record, bits_of, fingerprint, read_record, to_text
-from lora_mini_jax.sketch import same, sketch
+from lora_mini_jax.record import Record, read_record, to_text
+from lora_mini_jax.same_base import check_base, check_bits, check_drawn
 from lora_mini_jax.tree import flatten, unflatten
 
 GROUPS = ("trainable", "frozen")
@@ -85,10 +85,10 @@ def load(
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     if not allow_different_base:
-        _check_bits(record, params, folder)
-        _check_base(record, params, folder)
+        check_bits(record, params, folder)
+        check_base(record, params, folder)
     adapter = _fill(drawn, _read_tensors(folder), record.digests, folder)
-    _check_digest(record.digests, adapter, folder, allow_different_base)
+    check_drawn(record.digests, adapter, folder, allow_different_base)
     return adapter
 
 
@@ -177,48 +177,3 @@ def _fill(drawn: Adapter, tensors: dict[str, np.ndarray], digests: dict, folder:
         for group, flat in groups.items()
     }
     return replace(drawn, **leaves)
-
-
-def _check_bits(record: Record, params: Mapping[str, Any], folder: Path) -> None:
-    if record.quantized not in (None, bits_of(params)):
-        raise UserError(
-            f"{folder} was trained on a base in {record.quantized}: quantise these parameters too, "
-            f"quantized.quantize(params, select(targets, 'all-linear'), '{record.quantized}'), or "
-            "allow a different base"
-        )
-
-
-def _check_base(record: Record, params: Mapping[str, Any], folder: Path) -> None:
-    stored, base = record.fingerprint, record.base
-    here, paths = fingerprint(params), sorted(flatten(params))
-    if len(stored) != len(here):
-        differs = f"it had {len(stored)} parameter arrays, this one has {len(here)}"
-    else:
-        wrong = [p for p, a, b in zip(paths, stored, here, strict=True) if not same(a, b)]
-        if not wrong:
-            return
-        differs = f"{len(wrong)} of {len(here)} parameter arrays differ, the first is {wrong[0]}"
-    raise UserError(
-        f"{folder} was trained on another base model{f' ({base})' if base else ''}: {differs}. "
-        "Load the base it was trained on, or allow a different base (--allow-different-base)"
-    )
-
-
-def _check_digest(digest: dict, adapter: Adapter, folder: Path, different_base: bool) -> None:
-    """Frozen leaves drawn from the key must be those trained with; ones drawn from the kernel's own
-    content (svd) follow the base, so with a different base only random ones can be compared."""
-    here = flatten(adapter.frozen)
-    near = {site.target.path: site.method.redrawn_within for site in adapter.sites}
-    wrong = [
-        path
-        for path, stored in flatten(digest).items()
-        if path not in here or not same(stored, sketch(here[path]), near[path.rpartition("/")[0]])
-    ]
-    if wrong:
-        why = " (a different base was allowed, but these factors come from the base's own kernels)"
-        raise UserError(
-            f"{folder}: the frozen factors drawn here are not those it was trained with"
-            f"{why if different_base else ''}: {len(wrong)} differ, the first is {wrong[0]}. "
-            "Load the base as precise as it was in training, or save the adapter again with "
-            "store_outer=True where it was trained"
-        )

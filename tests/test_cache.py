@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_mini_jax import UserError, language_task, seq2seq_task
+from lora_mini_jax import UserError
 from lora_mini_jax.data import (
     Batches,
     Fields,
@@ -27,7 +27,9 @@ from lora_mini_jax.data.pair_rows import pair_rows
 from lora_mini_jax.data.pairs import encode_pairs
 from lora_mini_jax.data.records import open_records, read_records
 from lora_mini_jax.options import Finetune
-from lora_mini_jax.task import prepare, read_rows
+from lora_mini_jax.tasks import language, seq2seq
+from lora_mini_jax.tasks.data import read_rows
+from lora_mini_jax.tasks.task import prepare
 from tests.runs import options
 
 SETTINGS = {
@@ -77,13 +79,13 @@ class Bytes:
 
 def recipe(options: Finetune, tokenizer: Any = None) -> cache.Recipe:
     folder = Path(options.model)
-    return language_task.recipe(options, tokenizer or load_tokenizer(folder), folder)
+    return language.recipe(options, tokenizer or load_tokenizer(folder), folder)
 
 
 def pairs_recipe(options: Finetune) -> cache.Recipe:
     config: Any = SimpleNamespace(decoder_start_token_id=3, pad_token_id=1)
     tokenizer: Any = Bytes()
-    return seq2seq_task.recipe(options, config, tokenizer, Path(options.model))
+    return seq2seq.recipe(options, config, tokenizer, Path(options.model))
 
 
 def same(one: Any, other: Any) -> None:
@@ -160,8 +162,8 @@ def test_a_second_run_tokenises_nothing(place: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Tokenizer, "encode_batch", encode_batch)
     second = prepare(replace(options, samples=2, batch_size=3))
     same(second.train.packed, Batches(first.train.packed, 3, 0).packed)
-    assert isinstance(first, language_task.LanguageTask)
-    assert isinstance(second, language_task.LanguageTask)
+    assert isinstance(first, language.LanguageTask)
+    assert isinstance(second, language.LanguageTask)
     assert second.notes == first.notes
     assert first.prompts == second.prompts[:1]
     assert len(second.prompts) == 2

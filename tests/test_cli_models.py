@@ -132,7 +132,9 @@ def test_inspect_tells_the_bytes_of_a_saved_adapter(place, capsys):
 
 
 def test_inspect_of_the_config_only_counts_no_products(place, capsys, monkeypatch):
-    monkeypatch.setattr("lora_mini_jax.inspect.dot_flops", lambda jaxpr: pytest.fail("traced"))
+    monkeypatch.setattr(
+        "lora_mini_jax.commands.inspect.dot_flops", lambda jaxpr: pytest.fail("traced")
+    )
     quick = report_of(place, "t5", capsys, "--config-only", "--outer-init", "orthogonal")
     assert quick["trainable"] * 4 == quick["adapter_bytes"]
     assert not any("gflop" in name for name in quick)

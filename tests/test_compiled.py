@@ -18,12 +18,12 @@ import pytest
 from lora_mini_jax import LoRAMini, TrainState, init, linen, make_train_step, merge
 from lora_mini_jax.adapter import draw
 from lora_mini_jax.data import Batches, Example, pack, token_loss
-from lora_mini_jax.loop import fit
-from lora_mini_jax.meter import Meter
 from lora_mini_jax.methods import METHODS
-from lora_mini_jax.runs import RunFolder
-from lora_mini_jax.schedule import of_length, optimizer
-from lora_mini_jax.task import prepare
+from lora_mini_jax.runs.folder import RunFolder
+from lora_mini_jax.runs.loop import fit
+from lora_mini_jax.runs.meter import Meter
+from lora_mini_jax.runs.schedule import of_length, optimizer
+from lora_mini_jax.tasks.task import prepare
 from lora_mini_jax.tree import flatten
 from tests.cases import CASES, VOCAB, drawn, draws, random_params, setup
 from tests.runs import options

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_mini_jax.demo import topics
+from lora_mini_jax.runs.demo import topics
 
 
 def test_no_paragraph_of_a_held_out_topic_is_trained_on():

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import lora_mini_jax.finetune as module
-from lora_mini_jax import LoRAMini, UserError, loop, storage
+import lora_mini_jax.runs.finetune as module
+from lora_mini_jax import LoRAMini, UserError, storage
 from lora_mini_jax.data import Batches
-from lora_mini_jax.finetune import finetune, total_steps
 from lora_mini_jax.models import load
-from lora_mini_jax.runs import RunFolder
-from lora_mini_jax.schedule import learning_rate
-from lora_mini_jax.task import prepare
+from lora_mini_jax.runs import loop
+from lora_mini_jax.runs.finetune import finetune, total_steps
+from lora_mini_jax.runs.folder import RunFolder
+from lora_mini_jax.runs.schedule import learning_rate
+from lora_mini_jax.tasks.task import prepare
 from tests.runs import options, stopped_at, write_data
 
 

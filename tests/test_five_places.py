@@ -15,7 +15,7 @@ from lora_mini_jax.cli import main
 from lora_mini_jax.low_rank import Product
 from lora_mini_jax.method import Factors
 from lora_mini_jax.models import load
-from lora_mini_jax.runs import RunFolder
+from lora_mini_jax.runs.folder import RunFolder
 from tests.runs import options
 
 PACKAGE = Path(lora_mini_jax.__file__).parent
@@ -25,14 +25,15 @@ SPEC = re.compile(r"[\w-]+(?=$|:\w)")
 # recomputes. A search belongs to DiffoRA as its step does to SwitchLoRA, but has a training set of
 # its own. Options have defaults, pre-training offers four methods by name, the demo shows two.
 MAY_NAME = {
-    "Full": {"plan.py", "calibration.py", "scratch.py", "combination.py", "models/remat.py",
+    "Full": {"plan.py", "calibration.py", "runs/scratch.py", "combination.py", "models/remat.py",
              "options/training.py", "options/pretrain.py"},
     "LoRA": {"folding.py", "combination.py",  # what others are folded into
-             "options/finetune.py", "options/pretrain.py", "demo.py"},
-    "LoRAMini": {"options/adapter.py", "options/finetune.py", "demo.py", "cli.py"},  # its name too
+             "options/finetune.py", "options/pretrain.py", "runs/demo.py"},
+    "LoRAMini": {"options/adapter.py", "options/finetune.py", "runs/demo.py",
+                 "cli.py"},  # its name too
     "ReLoRA": {"options/pretrain.py"},
     "SwitchLoRA": {"options/pretrain.py"},
-    "DiffoRA": {"choice.py", "search.py", "search_run.py"},
+    "DiffoRA": {"choice.py", "search.py", "runs/search.py"},
 }  # fmt: skip
 
 

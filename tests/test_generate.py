@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_mini_jax.decode import generate
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.generation.decoder import generate
+from lora_mini_jax.generation.sampling import pick, sampling
 from lora_mini_jax.models import Llama, LlamaConfig, load
-from lora_mini_jax.sampling import pick, sampling
 
 SHARED = Path(os.environ.get("LMJ_SHARED", Path(__file__).parents[1] / "../shared"))
 PROMPTS = [[5], [7, 9, 11, 4, 33], [8] * 3 + [21, 22, 23] * 4]
@@ -87,7 +87,7 @@ def test_a_row_does_not_depend_on_its_neighbours(small):
 
 def test_one_program_for_all_settings(small, monkeypatch):
     model, params = small
-    module, traces = sys.modules["lora_mini_jax.decode"], []
+    module, traces = sys.modules["lora_mini_jax.generation.decoder"], []
     count = module.init_cache  # called once a trace
     monkeypatch.setattr(module, "init_cache", lambda *args: (traces.append(args), count(*args))[1])
     for temperature, top_p, seed in [(0.0, 1.0, 0), (0.7, 0.9, 1), (2, 0.5, 2)]:

@@ -8,7 +8,7 @@ import matplotlib
 import pytest
 from matplotlib.colors import to_hex
 
-from lora_mini_jax.plots import heat_map
+from lora_mini_jax.runs.plots import heat_map
 
 GATES = [[0.1, 0.9, None], [0.5, 0.3, 0.2]]
 CHOSEN = [[False, True, None], [True, False, False]]

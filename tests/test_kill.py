@@ -13,7 +13,7 @@ from lora_mini_jax.options import Finetune
 from tests.runs import options
 
 KILLS = 20
-PRELOAD = ["lora_mini_jax.finetune", "orbax.checkpoint", "matplotlib.figure", "tests.runs"]
+PRELOAD = ["lora_mini_jax.runs.finetune", "orbax.checkpoint", "matplotlib.figure", "tests.runs"]
 
 
 def run(given: Finetune, cache: str) -> None:
@@ -26,7 +26,7 @@ def run(given: Finetune, cache: str) -> None:
     # Compiled programs are kept between the processes, so that a start takes seconds.
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    from lora_mini_jax.finetune import finetune
+    from lora_mini_jax.runs.finetune import finetune
 
     finetune(given, say=lambda line: None)
 
@@ -39,7 +39,8 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_killed_at_random_moments_the_run_ends_with_the_same_adapter(tmp_path):
     fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload(PRELOAD)
-    common = {"max_steps": 120, "epochs": 1e3, "save_every": 1, "log_every": 1, "eval_every": 7}
+    common = {"max_steps": 120, "epochs": 1e3, "save_every": 1, "log_every": 1, "eval_every": 7,
+              "samples": 0}  # fmt: skip
     whole = options(tmp_path, output_dir=str(tmp_path / "whole"), **common)
     broken = options(tmp_path, output_dir=str(tmp_path / "broken"), **common)
     checkpoints = tmp_path / "broken" / "checkpoints"

@@ -12,15 +12,15 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from lora_mini_jax import UserError, storage
-from lora_mini_jax.best import Best
 from lora_mini_jax.checkpoint import Checkpoints
 from lora_mini_jax.cli import main
-from lora_mini_jax.finetune import finetune
-from lora_mini_jax.loop import make_evaluate
+from lora_mini_jax.commands.predict import run_predict
 from lora_mini_jax.options import Predict
-from lora_mini_jax.predict import run_predict
-from lora_mini_jax.runs import RunFolder
-from lora_mini_jax.task import planned, prepare
+from lora_mini_jax.runs.best import Best
+from lora_mini_jax.runs.finetune import finetune
+from lora_mini_jax.runs.folder import RunFolder
+from lora_mini_jax.runs.loop import make_evaluate
+from lora_mini_jax.tasks.task import planned, prepare
 from tests.encoder_runs import options, rows, write_encoder, write_rows
 from tests.runs import options as language_options
 from tests.runs import stopped_at

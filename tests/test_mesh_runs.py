@@ -15,8 +15,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from lora_mini_jax import UserError
-from lora_mini_jax.finetune import finetune
 from lora_mini_jax.options import to_json
+from lora_mini_jax.runs.finetune import finetune
 from tests.conftest import CHEAPLY
 from tests.runs import options, stopped_at
 

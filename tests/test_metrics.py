@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lora_mini_jax.metrics import better, classification, f1_is, regression
+from lora_mini_jax.tasks.metrics import better, classification, f1_is, regression
 
 GUESSES, TRUTH = np.array([0, 1, 1, 1, 0, 1]), np.array([0, 0, 1, 1, 1, 1])
 

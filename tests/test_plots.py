@@ -2,7 +2,7 @@
 
 import re
 
-from lora_mini_jax.plots import loss_against, loss_curves
+from lora_mini_jax.runs.plots import loss_against, loss_curves
 
 
 def words(svg: str) -> list[str]:

@@ -12,9 +12,9 @@ import pytest
 from lora_mini_jax.data import Batches, Example, pack
 from lora_mini_jax.data.prefetch import prefetched
 from lora_mini_jax.devices import Devices
-from lora_mini_jax.finetune import finetune
-from lora_mini_jax.meter import waited
-from lora_mini_jax.runs import RunFolder
+from lora_mini_jax.runs.finetune import finetune
+from lora_mini_jax.runs.folder import RunFolder
+from lora_mini_jax.runs.meter import waited
 from lora_mini_jax.sharding import make_mesh
 from tests.runs import options
 

@@ -21,13 +21,13 @@ from lora_mini_jax.data import (
     thinned,
     token_loss,
 )
-from lora_mini_jax.meter import Meter
 from lora_mini_jax.models import Llama, load
 from lora_mini_jax.options import Pretrain, to_json
-from lora_mini_jax.pretrain import pretrain
-from lora_mini_jax.runs import RunFolder
-from lora_mini_jax.schedule import learning_rate
-from lora_mini_jax.scratch import begin, prepare
+from lora_mini_jax.runs.folder import RunFolder
+from lora_mini_jax.runs.meter import Meter
+from lora_mini_jax.runs.pretrain import pretrain
+from lora_mini_jax.runs.schedule import learning_rate
+from lora_mini_jax.runs.scratch import begin, prepare
 from lora_mini_jax.tree import flatten
 from tests.runs import WORDS, write_model
 from tests.test_cli import refused

@@ -23,13 +23,13 @@ from lora_mini_jax import (
     select,
     storage,
 )
-from lora_mini_jax.commands import run_export, run_generate, run_merge
-from lora_mini_jax.finetune import finetune
-from lora_mini_jax.head import load_for
+from lora_mini_jax.commands.adapters import run_export, run_generate, run_merge
 from lora_mini_jax.methods import DoRA, LoRA, LoRAMini, MiSS, SwitchLoRA
 from lora_mini_jax.models import Llama, LlamaConfig, load, save
 from lora_mini_jax.options import Export, Generate, Merge
 from lora_mini_jax.quantized import Quantized, quantize, quantized
+from lora_mini_jax.runs.finetune import finetune
+from lora_mini_jax.tasks.head import load_for
 from lora_mini_jax.tree import dense, flatten, unflatten
 from tests import runs
 from tests.cases import cross_entropy, draws, random_params, randomised, setup

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lora_mini_jax import language_task
 from lora_mini_jax.cli import main
+from lora_mini_jax.tasks import language
 from tests.runs import options
 from tests.test_cli import refused
 
@@ -27,7 +27,7 @@ def command(place, monkeypatch):
     def load(*args, **kwargs):
         raise Loaded
 
-    monkeypatch.setattr(language_task, "load", load)
+    monkeypatch.setattr(language, "load", load)
     given = options(place)
     words = f"finetune --model {given.model} --data {given.data} --prompt-field q"
     return [*words.split(), "--completion-field=a", "--max-length=64", f"--output-dir={place}/run"]

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-import lora_mini_jax.finetune as finetune_module
-import lora_mini_jax.search_run as search_run
+import lora_mini_jax.runs.finetune as finetune_module
+import lora_mini_jax.runs.search as search_run
 from experiments.controls import at_budget, by_gradient_norm, random_choice
 from lora_mini_jax import (
     LoRA,
@@ -31,11 +31,11 @@ from lora_mini_jax import (
 )
 from lora_mini_jax.choice import agreed, discretise, openings
 from lora_mini_jax.data import Batches, Packed
-from lora_mini_jax.finetune import finetune
 from lora_mini_jax.methods import DiffoRA, MiSS, VeRA, from_dict
 from lora_mini_jax.models import load as load_model
 from lora_mini_jax.plan import plan
-from lora_mini_jax.runs import RunFolder
+from lora_mini_jax.runs.finetune import finetune
+from lora_mini_jax.runs.folder import RunFolder
 from lora_mini_jax.search import halves, make_search_step, search_state
 from lora_mini_jax.tree import flatten, parameters, unflatten
 from tests.cases import by_name, draws, randomised, setup

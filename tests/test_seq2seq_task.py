@@ -14,12 +14,12 @@ from lora_mini_jax.adapter import draw
 from lora_mini_jax.data import Fields, load_tokenizer
 from lora_mini_jax.data.pair_rows import pair_rows
 from lora_mini_jax.data.pairs import encode_pairs
-from lora_mini_jax.decode_seq2seq import generate
-from lora_mini_jax.finetune import finetune
+from lora_mini_jax.generation.seq2seq import generate
 from lora_mini_jax.methods import from_spec
 from lora_mini_jax.models import load
-from lora_mini_jax.seq2seq_task import Seq2SeqTask
-from lora_mini_jax.task import planned, prepare
+from lora_mini_jax.runs.finetune import finetune
+from lora_mini_jax.tasks.seq2seq import Seq2SeqTask
+from lora_mini_jax.tasks.task import planned, prepare
 from tests.cases import randomised
 from tests.runs import stopped_at
 from tests.seq2seq_runs import options, pairs, write_rows

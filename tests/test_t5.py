@@ -13,10 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_mini_jax import LoRA, LoRAMini, init, linen, merge, parameters, select
-from lora_mini_jax import decode as decoders
 from lora_mini_jax import peft as exchange
-from lora_mini_jax.decode_seq2seq import generate
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.generation import decoder as decoders
+from lora_mini_jax.generation.seq2seq import generate
 from lora_mini_jax.models import GPT2, GPT2Config, T5Config, load, save
 from lora_mini_jax.models.hub import load_config, load_decoder_config
 from lora_mini_jax.models.t5 import init_cache

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from lora_mini_jax import outer as outer_factors
 from lora_mini_jax.checks import require_choice, require_whole
+from lora_mini_jax.draws import uniform
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.low_rank import LowRank
-from lora_mini_jax.method import Factors, Method, uniform
+from lora_mini_jax.method import Factors, Method
 
 WIDTH = 8
 """Of ``a`` and ``b`` for each rank where a budget decides: of one count, the best of 2, 8, 32 and

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.checks import require_whole
+from lora_mini_jax.draws import fold_path, uniform
 from lora_mini_jax.low_rank import LowRank
-from lora_mini_jax.method import Factors, Kernels, Schedule, Stepped, fold_path, uniform
+from lora_mini_jax.method import Factors, Kernels, Schedule, Stepped
 from lora_mini_jax.tree import over_lead
 
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.checks import require_number, require_whole
+from lora_mini_jax.draws import fold_path, uniform
 from lora_mini_jax.low_rank import Product
-from lora_mini_jax.method import Factors, Kernels, Stepped, fold_path, uniform
+from lora_mini_jax.method import Factors, Kernels, Stepped
 from lora_mini_jax.tree import over_lead
 
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.checks import require_number
+from lora_mini_jax.draws import uniform
 from lora_mini_jax.low_rank import Product
-from lora_mini_jax.method import Factors, Method, uniform
+from lora_mini_jax.method import Factors, Method
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from lora_mini_jax.choice import agreed, discretise
 from lora_mini_jax.devices import Devices
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import write_json, writes
-from lora_mini_jax.loop import Log, make_evaluate
 from lora_mini_jax.methods.diffora import DiffoRA
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.processes import on_host
-from lora_mini_jax.runs import RunFolder
-from lora_mini_jax.schedule import optimizer
+from lora_mini_jax.runs.folder import RunFolder
+from lora_mini_jax.runs.loop import Log, make_evaluate
+from lora_mini_jax.runs.schedule import optimizer
 from lora_mini_jax.search import halves, make_search_step, search_state
 from lora_mini_jax.storage import load, save
-from lora_mini_jax.task import Task
+from lora_mini_jax.tasks.task import Task
 
 LEAST_STEPS = 20
 

@@ -14,17 +14,17 @@ from lora_mini_jax import linen
 from lora_mini_jax.data import Batches, Example, Labelled, pack
 from lora_mini_jax.data.pair_rows import pair_rows
 from lora_mini_jax.data.pairs import Pair
-from lora_mini_jax.head import Head
-from lora_mini_jax.label_task import LabelTask, check_rows
-from lora_mini_jax.language_task import LanguageTask, check_length
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import load_decoder_config, load_module, resolve
 from lora_mini_jax.models.t5 import T5
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.quantized import quantize
 from lora_mini_jax.selection import select
-from lora_mini_jax.seq2seq_task import Seq2SeqTask
-from lora_mini_jax.task import Task, planned
+from lora_mini_jax.tasks.head import Head
+from lora_mini_jax.tasks.label import LabelTask, check_rows
+from lora_mini_jax.tasks.language import LanguageTask, check_length
+from lora_mini_jax.tasks.seq2seq import Seq2SeqTask
+from lora_mini_jax.tasks.task import Task, planned
 
 NONE: Any = None
 """For the tokenizer, which no loss asks for."""

@@ -23,15 +23,16 @@ from lora_mini_jax.data import (
 from lora_mini_jax.data.examples import encode_stream
 from lora_mini_jax.data.packing import packed_chunks
 from lora_mini_jax.data.recipe import Part, Recipe
-from lora_mini_jax.decode import generate
 from lora_mini_jax.devices import reading
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.generation.decoder import generate
 from lora_mini_jax.models import load
 from lora_mini_jax.models.hub import load_decoder_config, load_module, resolve
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.plan import Site
 from lora_mini_jax.scores import Scores
-from lora_mini_jax.task import Task, check_ids, planned_sites, read_rows
+from lora_mini_jax.tasks.data import check_ids, read_rows
+from lora_mini_jax.tasks.task import Task, planned_sites
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from lora_mini_jax.models.families import FAMILIES, family_of
 from lora_mini_jax.models.fresh import asked
 from lora_mini_jax.models.hub import load_module
 from lora_mini_jax.quantized import quantizer
-from lora_mini_jax.task import all_targets
+from lora_mini_jax.tasks.task import all_targets
 
 HEADS = {"classification": "sequence-classification", "regression": "regression"}
 """What a model's head is called, by task."""

@@ -3,7 +3,8 @@
 Only the model's config is read; arrays are shapes and nothing is computed.
 """
 
-from dataclasses import MISSING, fields, replace
+import json
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -14,15 +15,20 @@ import optax
 from lora_mini_jax import linen
 from lora_mini_jax.adapter import Adapter, draw
 from lora_mini_jax.flops import dot_flops
-from lora_mini_jax.methods import METHODS
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import load_module
 from lora_mini_jax.options import Inspect
 from lora_mini_jax.plan import Site
-from lora_mini_jax.task import all_targets, sites_among
+from lora_mini_jax.tasks.task import all_targets, sites_among
 from lora_mini_jax.train import TrainState, make_train_step
 
 Report = dict[str, Any]
+
+
+def run_inspect(options: Inspect) -> None:
+    """Print what an adapter would be; errors as in `inspect`."""
+    report = inspect(options)
+    print(json.dumps(report, indent=2) if options.json else text(report))
 
 
 def inspect(options: Inspect) -> Report:
@@ -135,17 +141,6 @@ def full_flops(model: nn.Module, params: Any, inputs: Any) -> int:
 def some_loss(outputs: Any) -> Any:
     """A number that depends on all outputs. A real loss has no matrix products either."""
     return sum(jnp.mean(leaf) for leaf in jax.tree.leaves(outputs))
-
-
-def methods_text() -> str:
-    """Every method with what it is, its settings and their defaults, for a terminal."""
-    lines = []
-    for name, method in METHODS.items():
-        defaults = {f.name: "" if f.default is MISSING else f" {f.default}" for f in fields(method)}
-        flags = [f"--{n.replace('_', '-')}{defaults[n]}" for n in method.field_names()]
-        summary = (method.__doc__ or "").partition("\n")[0].replace("``", "")
-        lines += [f"{name}: {summary}", f"    {'  '.join(flags)}"]
-    return "\n".join(lines)
 
 
 def text(report: Report) -> str:

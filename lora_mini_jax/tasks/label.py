@@ -26,14 +26,15 @@ from lora_mini_jax.data import (
 from lora_mini_jax.data.files import Record
 from lora_mini_jax.devices import reading
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.glue import LABEL
-from lora_mini_jax.head import Head
-from lora_mini_jax.metrics import classification, f1_is, regression
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import resolve
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.plan import Site
-from lora_mini_jax.task import Task, check_ids, planned_sites, read_data, sources
+from lora_mini_jax.tasks.data import check_ids, read_data, sources
+from lora_mini_jax.tasks.glue import LABEL
+from lora_mini_jax.tasks.head import Head
+from lora_mini_jax.tasks.metrics import classification, f1_is, regression
+from lora_mini_jax.tasks.task import Task, planned_sites
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,17 +5,18 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_mini_jax import decode, decode_seq2seq, peft, storage
+from lora_mini_jax import peft, storage
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.data import Tokenizer, load_tokenizer
 from lora_mini_jax.data.pairs import source_ids
-from lora_mini_jax.finetune import Log
-from lora_mini_jax.head import head_of, load_for
+from lora_mini_jax.generation import decoder, seq2seq
 from lora_mini_jax.models import load
 from lora_mini_jax.models import save as save_model
 from lora_mini_jax.models.hub import load_module, resolve
 from lora_mini_jax.models.t5 import T5
 from lora_mini_jax.options import Export, Generate, Merge
+from lora_mini_jax.runs.finetune import Log
+from lora_mini_jax.tasks.head import head_of, load_for
 from lora_mini_jax.transform import merge
 
 
@@ -34,9 +35,7 @@ def run_generate(options: Generate, say: Log = print) -> list[str]:
     if options.adapter is not None:
         allow = options.allow_different_base
         adapter = storage.load(options.adapter, params, allow_different_base=allow)
-    write, ids_of = (
-        (decode_seq2seq.generate, source_ids) if answers else (decode.generate, _prompt_ids)
-    )
+    write, ids_of = (seq2seq.generate, source_ids) if answers else (decoder.generate, _prompt_ids)
     written = write(
         model,
         params,

@@ -10,11 +10,11 @@ from lora_mini_jax import linen, storage
 from lora_mini_jax.data import Batches, load_tokenizer, read_records
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import write_text
-from lora_mini_jax.head import Head, head_of, load_for
-from lora_mini_jax.label_task import check_rows, encode
-from lora_mini_jax.loop import Log
 from lora_mini_jax.models.hub import resolve
 from lora_mini_jax.options import Predict
+from lora_mini_jax.runs.loop import Log
+from lora_mini_jax.tasks.head import Head, head_of, load_for
+from lora_mini_jax.tasks.label import check_rows, encode
 
 
 def run_predict(options: Predict, say: Log = print) -> list[dict[str, Any]]:

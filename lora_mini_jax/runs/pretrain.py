@@ -17,16 +17,16 @@ import jax
 from lora_mini_jax.adapter import count
 from lora_mini_jax.devices import Devices
 from lora_mini_jax.files import writes
-from lora_mini_jax.loop import Log, fit
 from lora_mini_jax.models import save
 from lora_mini_jax.options import Pretrain
-from lora_mini_jax.plots import loss_curves
-from lora_mini_jax.report import points, settings_html, write_page
-from lora_mini_jax.runs import Row, RunFolder
-from lora_mini_jax.schedule import optimizer
-from lora_mini_jax.scratch import begin, prepare
-from lora_mini_jax.tables import table_html, table_text
-from lora_mini_jax.task import Task
+from lora_mini_jax.runs.folder import Row, RunFolder
+from lora_mini_jax.runs.loop import Log, fit
+from lora_mini_jax.runs.plots import loss_curves
+from lora_mini_jax.runs.report import points, settings_html, write_page
+from lora_mini_jax.runs.schedule import optimizer
+from lora_mini_jax.runs.scratch import begin, prepare
+from lora_mini_jax.runs.tables import table_html, table_text
+from lora_mini_jax.tasks.task import Task
 from lora_mini_jax.train import TrainState
 from lora_mini_jax.transform import merge
 

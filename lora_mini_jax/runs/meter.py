@@ -12,7 +12,7 @@ from tqdm import tqdm
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import writes
 from lora_mini_jax.options import Training
-from lora_mini_jax.runs import Row, RunFolder
+from lora_mini_jax.runs.folder import Row, RunFolder
 
 T = TypeVar("T")
 

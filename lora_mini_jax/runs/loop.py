@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import optax
 
 from lora_mini_jax.adapter import Adapter
-from lora_mini_jax.best import Best
 from lora_mini_jax.checkpoint import Checkpoints
 from lora_mini_jax.data.prefetch import prefetched
 from lora_mini_jax.devices import Devices
-from lora_mini_jax.meter import Meter
 from lora_mini_jax.options import Training
 from lora_mini_jax.processes import on_host
-from lora_mini_jax.runs import Row, RunFolder
-from lora_mini_jax.schedule import learning_rate
-from lora_mini_jax.task import Task
+from lora_mini_jax.runs.best import Best
+from lora_mini_jax.runs.folder import Row, RunFolder
+from lora_mini_jax.runs.meter import Meter
+from lora_mini_jax.runs.schedule import learning_rate
+from lora_mini_jax.tasks.task import Task
 from lora_mini_jax.train import TrainState, make_train_step
 
 Log = Callable[[str], None]

@@ -1,6 +1,6 @@
 """Text from a decoder, plain or adapted: prompts of different lengths, a cache, greedy or nucleus.
 
-For a model with an encoder see `decode_seq2seq`.
+For a model with an encoder see `seq2seq`.
 
 Example:
     >>> from lora_mini_jax.models import Llama, LlamaConfig
@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.generation.sampling import sampling, write, wrong_settings
 from lora_mini_jax.linen import adapt
 from lora_mini_jax.models.attention import init_cache
 from lora_mini_jax.models.families import DECODERS
 from lora_mini_jax.processes import on_host
-from lora_mini_jax.sampling import sampling, write, wrong_settings
 
 _BUCKET = 32  # prompts are padded to a multiple, so that a few programs serve every length
 
@@ -67,7 +67,7 @@ def generate(
     if type(model) not in known:
         raise UserError(f"cannot generate with a {type(model).__name__}: give a decoder that load "
                         f"reads, {' or '.join(each.__name__ for each in known)}; a T5 answers with "
-                        "lora_mini_jax.decode_seq2seq")  # fmt: skip
+                        "lora_mini_jax.generation.seq2seq")  # fmt: skip
     config: Any = model.config
     rows = [np.asarray(prompt) for prompt in prompts]
     _check(config, rows, max_new_tokens, temperature, top_p)

@@ -2,9 +2,9 @@
 
 from lora_mini_jax import storage
 from lora_mini_jax.adapter import Adapter
-from lora_mini_jax.metrics import better
-from lora_mini_jax.runs import RunFolder
-from lora_mini_jax.task import Task
+from lora_mini_jax.runs.folder import RunFolder
+from lora_mini_jax.tasks.metrics import better
+from lora_mini_jax.tasks.task import Task
 from lora_mini_jax.train import TrainState
 
 

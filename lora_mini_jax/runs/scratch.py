@@ -19,15 +19,15 @@ from lora_mini_jax.data import (
 )
 from lora_mini_jax.devices import Devices
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.language_task import LanguageTask, check_length
 from lora_mini_jax.methods import Full
 from lora_mini_jax.models import Llama, LlamaConfig
 from lora_mini_jax.models.hub import load_decoder_config
 from lora_mini_jax.options import Pretrain
 from lora_mini_jax.plan import Site, plan
-from lora_mini_jax.schedule import of_length
+from lora_mini_jax.runs.schedule import of_length
 from lora_mini_jax.selection import select
-from lora_mini_jax.task import all_targets
+from lora_mini_jax.tasks.language import LanguageTask, check_length
+from lora_mini_jax.tasks.task import all_targets
 from lora_mini_jax.tree import flatten, matrices, unflatten
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import write_json
-from lora_mini_jax.finetune import Log, finetune
 from lora_mini_jax.options import Compare, to_json
-from lora_mini_jax.report import compare_report
-from lora_mini_jax.runs import RunFolder
-from lora_mini_jax.tables import label, table_row, table_text
-from lora_mini_jax.task import planned
+from lora_mini_jax.runs.finetune import Log, finetune
+from lora_mini_jax.runs.folder import RunFolder
+from lora_mini_jax.runs.report import compare_report
+from lora_mini_jax.runs.tables import label, table_row, table_text
+from lora_mini_jax.tasks.task import planned
 
 Row = dict[str, Any]
 ROW = ("method", "settings", "trainable", "trainable_share", "step_seconds", "step_bytes",

@@ -1,15 +1,14 @@
 """What a training run works on: model, data and loss, read and checked up front.
 
 `Task` is what all kinds have in common; a file for each kind makes and measures it:
-`language_task` for text that is continued, `seq2seq_task` for sources that are answered, and
-`label_task` for texts that have a class or a number.
+`language` for text that is continued, `seq2seq` for sources that are answered, and `label` for
+texts that have a class or a number.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,12 +19,7 @@ import jax.numpy as jnp
 from lora_mini_jax import linen, sharding
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.budget import within
-from lora_mini_jax.data import Batches, Tokenizer, read_glue
-from lora_mini_jax.data.cache import cache_folder, prepared
-from lora_mini_jax.data.files import Record
-from lora_mini_jax.data.recipe import Part, Recipe
-from lora_mini_jax.data.records import Records, held_out, open_records
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.data import Batches
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import load_module
 from lora_mini_jax.models.t5 import T5
@@ -33,8 +27,6 @@ from lora_mini_jax.options import AdapterOptions, Finetune, one_or_names
 from lora_mini_jax.plan import Site, check, plan
 from lora_mini_jax.selection import select
 from lora_mini_jax.tree import Target, parameters
-
-HELD_OUT_SHARE = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +102,11 @@ def planned(options: Finetune) -> tuple[Site, ...]:
 
 
 def _kind(options: Finetune) -> ModuleType:
-    from lora_mini_jax import label_task, language_task, seq2seq_task  # which build on this file
+    from lora_mini_jax.tasks import label, language, seq2seq  # which build on this file
 
     if options.task != "language":
-        return label_task
-    return seq2seq_task if type(load_module(options.model)) is T5 else language_task
+        return label
+    return seq2seq if type(load_module(options.model)) is T5 else language
 
 
 def all_targets(model: nn.Module) -> tuple[tuple[Target, ...], tuple[Target, ...]]:
@@ -159,61 +151,3 @@ def sites_among(
     sites = (*within(method, chosen, options.budget), *plan(method, (), {}, whole))
     check(sites)
     return sites
-
-
-def read_rows(options: Finetune, recipe: Recipe) -> tuple[Part, Part]:
-    """Training and held-out rows, from the cache where they are in it.
-
-    Raises:
-        UserError: data that cannot be used; a cache that cannot be written.
-    """
-    cache = cache_folder(options.cache_dir)
-    train, valid = (
-        prepared(records, recipe, source=source, cache=cache, examples=bool(number))
-        for number, (records, source) in enumerate(
-            zip(_streams(options), sources(options), strict=True)
-        )
-    )
-    return train, valid
-
-
-def read_data(options: Finetune) -> tuple[list[Record], list[Record]]:
-    """Training and held-out records, in memory."""
-    glue, valid = options.glue, options.valid or options.data
-    if glue is None or (not options.valid and Path(options.data).is_file()):
-        streams = _streams(options)
-        return list(streams[0]), list(streams[1])
-
-    def records(source: str, split: str, limit: int | None) -> list[Record]:
-        if Path(source).is_file():
-            return list(open_records(source, limit=limit))
-        return read_glue(glue, source, split, limit)
-
-    train = records(options.data, "train", options.max_train_examples)
-    return train, records(valid, "validation", options.max_valid_examples)
-
-
-def _streams(options: Finetune) -> tuple[Records, Records]:
-    """Training and held-out records. Without held-out data, the end of the training data."""
-    if not options.data:
-        raise UserError("no training data: give --data, a file, folder or hub id")
-    train = open_records(options.data, limit=options.max_train_examples)
-    limit = options.max_valid_examples
-    if options.valid:
-        return train, open_records(options.valid, split="validation", limit=limit)
-    return held_out(train, HELD_OUT_SHARE, limit, options.data)
-
-
-def sources(options: Finetune) -> tuple[str, str]:
-    """What error messages call the training and the held-out data."""
-    train = options.data or f"GLUE's {options.glue}"
-    return train, options.valid or train
-
-
-def check_ids(tokenizer: Tokenizer, vocab_size: int, top: int) -> None:
-    """Raise `UserError` unless the model knows the largest id of the data."""
-    if top >= vocab_size:
-        raise UserError(
-            f"the tokenizer gives id {top} (it has {tokenizer.vocab_size}), but the model's "
-            f"vocabulary has {vocab_size}: use the tokenizer that belongs to the model"
-        )

@@ -6,19 +6,19 @@ from statistics import median
 import jax
 
 from lora_mini_jax.adapter import Adapter, count
-from lora_mini_jax.best import Best
 from lora_mini_jax.calibration import calibrate
 from lora_mini_jax.choice import agreed
 from lora_mini_jax.devices import Devices
-from lora_mini_jax.loop import Log, fit
-from lora_mini_jax.meter import waited
 from lora_mini_jax.options import Finetune
-from lora_mini_jax.report import run_report
-from lora_mini_jax.runs import Row, RunFolder
-from lora_mini_jax.schedule import of_length, optimizer
-from lora_mini_jax.search_run import searched
+from lora_mini_jax.runs.best import Best
+from lora_mini_jax.runs.folder import Row, RunFolder
+from lora_mini_jax.runs.loop import Log, fit
+from lora_mini_jax.runs.meter import waited
+from lora_mini_jax.runs.report import run_report
+from lora_mini_jax.runs.schedule import of_length, optimizer
+from lora_mini_jax.runs.search import searched
 from lora_mini_jax.storage import save
-from lora_mini_jax.task import Task, prepare
+from lora_mini_jax.tasks.task import Task, prepare
 
 CALIBRATION_BATCHES = 8
 """Batches of training data for factors that come from data."""

@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_mini_jax.decode import end_ids, padded, rows_of, wrong_rows
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.generation.decoder import end_ids, padded, rows_of, wrong_rows
+from lora_mini_jax.generation.sampling import sampling, write, wrong_settings
 from lora_mini_jax.linen import adapt
 from lora_mini_jax.models.t5 import T5, init_cache
-from lora_mini_jax.sampling import sampling, write, wrong_settings
 
 
 def generate(
@@ -62,7 +62,7 @@ def generate(
     """
     if type(model) is not T5:
         raise UserError(f"cannot answer with a {type(model).__name__}: give a T5; decoders "
-                        "generate with lora_mini_jax.decode")  # fmt: skip
+                        "generate with lora_mini_jax.generation.decoder")  # fmt: skip
     rows = [np.asarray(source) for source in sources]
     bad = wrong_rows(model.config, rows, max_new_tokens) + wrong_settings(temperature, top_p)
     if bad:

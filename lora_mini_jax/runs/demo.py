@@ -9,10 +9,10 @@ import re
 import zlib
 from pathlib import Path
 
-from lora_mini_jax.compare import Row, compare
 from lora_mini_jax.files import write_text, writing
-from lora_mini_jax.finetune import Log
 from lora_mini_jax.options import BASE, Compare, Demo
+from lora_mini_jax.runs.compare import Row, compare
+from lora_mini_jax.runs.finetune import Log
 
 METHODS = (
     "lora-mini:rank=4,a=32,b=32,outer_init=svd,learning_rate=0.05",

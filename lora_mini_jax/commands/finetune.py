@@ -1,0 +1,19 @@
+"""The fine-tuning command: the run, and what is said at its end."""
+
+from lora_mini_jax.options import Finetune
+from lora_mini_jax.runs.finetune import finetune
+from lora_mini_jax.runs.report import kept_text
+from lora_mini_jax.runs.tables import table_row, table_text
+
+
+def run_finetune(options: Finetune) -> None:
+    """Train, then print the table, and where things are.
+
+    Raises:
+        UserError: as `finetune`.
+    """
+    summary = finetune(options)
+    print(table_text([table_row(summary["method"], [summary])]))
+    if kept := kept_text(summary):
+        print(kept.strip())
+    print(f"adapter: {options.output_dir}/adapter\nreport:  {options.output_dir}/report.html")

@@ -1,0 +1,1 @@
+"""Text from models, plain or adapted."""

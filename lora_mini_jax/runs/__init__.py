@@ -1,0 +1,1 @@
+"""Runs: from options to a folder with an adapter, a report, and all that lies between."""

@@ -1,0 +1,1 @@
+"""What runs train on: a model, its data and its loss, by kind."""
