@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.adapter import Adapter, draw
+from lora_mini_jax.decompositions import orthonormal, top_singular
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.gradient import LossFn
-from lora_mini_jax.low_rank import Product, orthonormal, top_singular
+from lora_mini_jax.low_rank import Product
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.methods.full import Full
 from lora_mini_jax.plan import Site

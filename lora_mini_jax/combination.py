@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from lora_mini_jax.adapter import Adapter, as_key
 from lora_mini_jax.checks import require_choice, require_number, require_whole
+from lora_mini_jax.decompositions import top_singular
 from lora_mini_jax.draws import fold_path, split_key
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.folding import fold
-from lora_mini_jax.low_rank import top_singular
 from lora_mini_jax.method import Factors
 from lora_mini_jax.methods import LoRA
 from lora_mini_jax.methods.full import Full

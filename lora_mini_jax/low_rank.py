@@ -98,22 +98,3 @@ class LowRank(Product):
     def scale(self) -> float:
         """What multiplies the product of the factors."""
         return self.alpha / self.rank
-
-
-def orthonormal(matrix: jax.Array) -> jax.Array:
-    """Orthonormal columns spanning those of ``matrix``; unique, as R's diagonal is positive."""
-    q, r = jnp.linalg.qr(matrix)
-    return q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0)
-
-
-def top_singular(kernel: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The ``k`` largest singular triples in float32: ``(in, k)``, ``(k,)``, ``(k, out)``.
-
-    Each left vector's largest entry is positive: a decomposition leaves the signs open, and two
-    machines would otherwise draw different factors from the same kernel.
-    """
-    u, s, vt = jnp.linalg.svd(float32(kernel), full_matrices=False)
-    u, s, vt = u[:, :k], s[:k], vt[:k]
-    largest = jnp.argmax(jnp.abs(u), axis=0, keepdims=True)
-    signs = jnp.where(jnp.take_along_axis(u, largest, axis=0) < 0, -1.0, 1.0)
-    return u * signs, s, vt * signs.T

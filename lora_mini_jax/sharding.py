@@ -100,6 +100,7 @@ def of_params(
         UserError: targets that are not of these parameters.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> params = {"up": {"kernel": jnp.ones((8, 32)), "bias": jnp.ones(32)}}
         >>> up = Target("up/kernel", (8, 32))
         >>> tuple(of_params(make_mesh("data=-1"), params, [up])["up"]["kernel"].spec)

@@ -1,5 +1,6 @@
 """What must be in the environment before JAX starts: the CPU, and compiling cheaply."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -22,6 +23,9 @@ os.environ["LORA_MINI_CACHE"] = ROWS.name
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # The workers are as many as the cores: threads of their own would only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Traced programs are many objects that stay: to look through them all so often takes a twelfth of
+# the tests' time.
+gc.set_threshold(200_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import jax
 
-from lora_mini_jax.low_rank import LowRank, top_singular
+from lora_mini_jax.decompositions import top_singular
+from lora_mini_jax.low_rank import LowRank
 from lora_mini_jax.method import Factors
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.checks import require_choice, require_whole
+from lora_mini_jax.decompositions import inverse
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.tree import float32
 
@@ -100,9 +101,8 @@ class MiSS(Method):
         return replace(self, rank=min(size, n_in))
 
     def problems(self, n_in: int, n_out: int) -> list[str]:
-        r, found = self.rank, []
-        if r > n_in:
-            found.append(f"rank {r} exceeds in = {n_in}")
+        r = self.rank
+        found = [f"rank {r} exceeds in = {n_in}"] if r > n_in else []
         if self.mode == "mini" and n_out % self.mini_rank:
             found.append(f"mini_rank {self.mini_rank} does not divide out = {n_out}")
         if self.mode == "bat" and (n_in % r or n_out % r):
@@ -146,4 +146,4 @@ def _bat(kernel: jax.Array, d: jax.Array) -> jax.Array:
 def _unbat(merged: jax.Array, d: jax.Array) -> jax.Array:
     """``W[i, o] = (I + D_o^T)^-1 (W'[i, o] - D_o^T)``."""
     rank, dt = d.shape[-1], d.swapaxes(-1, -2)
-    return _dense(jnp.linalg.inv(jnp.eye(rank) + dt) @ (_blocks(merged, rank) - dt))
+    return _dense(jax.vmap(inverse)(jnp.eye(rank) + dt) @ (_blocks(merged, rank) - dt))

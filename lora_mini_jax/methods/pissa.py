@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.low_rank import LowRank, top_singular
+from lora_mini_jax.decompositions import qr, top_singular
+from lora_mini_jax.low_rank import LowRank
 from lora_mini_jax.method import Factors
 
 
@@ -81,6 +82,5 @@ class OLoRA(FromKernel):
     name = "olora"
 
     def start(self, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-        q, r = jnp.linalg.qr(kernel.T.astype(jnp.float32))
-        signs = jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0)[: self.rank]
-        return (signs[:, None] * r[: self.rank]).T, (q[:, : self.rank] * signs).T
+        q, r = qr(kernel.T.astype(jnp.float32))
+        return r[: self.rank].T, q[:, : self.rank].T
