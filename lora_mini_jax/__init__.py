@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lora_mini_jax.calibration import calibrate
     from lora_mini_jax.combination import combine
     from lora_mini_jax.errors import UserError
-    from lora_mini_jax.generation.decoder import generate
+    from lora_mini_jax.generation.generate import generate
     from lora_mini_jax.method import Method
     from lora_mini_jax.methods import LoRA, LoRAMini
     from lora_mini_jax.optim import freeze, trainable_mask
@@ -37,7 +37,7 @@ _HOMES = {
     "calibration": ("calibrate",),
     "combination": ("combine",),
     "errors": ("UserError",),
-    "generation.decoder": ("generate",),
+    "generation.generate": ("generate",),
     "method": ("Method",),
     "methods": ("LoRA", "LoRAMini"),
     "optim": ("freeze", "trainable_mask"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.generation.decoder import generate
+from lora_mini_jax.generation.generate import generate
 from lora_mini_jax.models import Llama, LlamaConfig, load, save
 from lora_mini_jax.models.attention import init_cache
 from lora_mini_jax.models.hub import load_config

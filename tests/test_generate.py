@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.generation.decoder import generate
+from lora_mini_jax.generation.generate import generate
 from lora_mini_jax.generation.sampling import pick, sampling
 from lora_mini_jax.models import Llama, LlamaConfig, load
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from lora_mini_jax import LoRA, LoRAMini, init, linen, merge, parameters, select
 from lora_mini_jax import peft as exchange
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.generation.decoder import generate
+from lora_mini_jax.generation.generate import generate
 from lora_mini_jax.methods import MiSS
 from lora_mini_jax.models import GPT2, GPT2Config, load, save
 from lora_mini_jax.models.attention import init_cache

@@ -14,7 +14,7 @@ from lora_mini_jax.adapter import draw
 from lora_mini_jax.data import Fields, load_tokenizer
 from lora_mini_jax.data.pair_rows import pair_rows
 from lora_mini_jax.data.pairs import encode_pairs
-from lora_mini_jax.generation.seq2seq import generate
+from lora_mini_jax.generation.generate import generate
 from lora_mini_jax.methods import from_spec
 from lora_mini_jax.models import load
 from lora_mini_jax.runs.finetune import finetune

@@ -9,7 +9,7 @@ from lora_mini_jax import peft, storage
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.data import Tokenizer, load_tokenizer
 from lora_mini_jax.data.pairs import source_ids
-from lora_mini_jax.generation import decoder, seq2seq
+from lora_mini_jax.generation.generate import generate
 from lora_mini_jax.models import load
 from lora_mini_jax.models import save as save_model
 from lora_mini_jax.models.hub import load_module, resolve
@@ -35,8 +35,8 @@ def run_generate(options: Generate, say: Log = print) -> list[str]:
     if options.adapter is not None:
         allow = options.allow_different_base
         adapter = storage.load(options.adapter, params, allow_different_base=allow)
-    write, ids_of = (seq2seq.generate, source_ids) if answers else (decoder.generate, _prompt_ids)
-    written = write(
+    ids_of = source_ids if answers else _prompt_ids
+    written = generate(
         model,
         params,
         ids_of(tokenizer, options.prompt),

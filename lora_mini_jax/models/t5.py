@@ -2,7 +2,7 @@
 
 Parameters carry Hugging Face's module names (``encoder/block_0/layer_0/SelfAttention/q/kernel``),
 but that the tables of distances, which the first layers have there, belong to the halves here.
-Text is made by `lora_mini_jax.generation.seq2seq`.
+Text is made by `lora_mini_jax.generate`.
 Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer"
 (2020); Chung et al., "Scaling Instruction-Finetuned Language Models" (2022).
 

@@ -1,10 +1,10 @@
 """Text that is continued: the task of a decoder, with packed rows and a loss token by token."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ from lora_mini_jax.data.packing import packed_chunks
 from lora_mini_jax.data.recipe import Part, Recipe
 from lora_mini_jax.devices import reading
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.generation.decoder import generate
+from lora_mini_jax.generation.generate import generate
 from lora_mini_jax.models import load
 from lora_mini_jax.models.hub import load_decoder_config, load_module, resolve
 from lora_mini_jax.options import Finetune
@@ -44,8 +44,6 @@ class LanguageTask(Task):
     """Token ids of the first held-out prompts, for samples."""
     max_new_tokens: int = 0
     """Tokens in a sample."""
-    generates: ClassVar[Callable[..., list[list[int]]]] = staticmethod(generate)
-    """What writes them."""
 
     @property
     def loss_name(self) -> str:
@@ -79,7 +77,7 @@ class LanguageTask(Task):
 
     def written(self, adapter: Adapter | None) -> list[list[int]]:
         """The token ids that the model writes after each of the prompts, greedily."""
-        return self.generates(
+        return generate(
             self.model,
             self.params,
             self.prompts,

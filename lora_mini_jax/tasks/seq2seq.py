@@ -14,7 +14,6 @@ from lora_mini_jax.data.pairs import Pair, pair_stream
 from lora_mini_jax.data.recipe import Recipe
 from lora_mini_jax.devices import reading
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.generation.seq2seq import generate
 from lora_mini_jax.models import load
 from lora_mini_jax.models.hub import load_config, load_module, resolve
 from lora_mini_jax.options import Finetune
@@ -27,8 +26,6 @@ from lora_mini_jax.tasks.task import planned_sites
 @dataclass(frozen=True, eq=False)
 class Seq2SeqTask(LanguageTask):
     """A T5 with its tokenizer; ``prompts`` are sources. What else there is, see `LanguageTask`."""
-
-    generates = staticmethod(generate)
 
     def inputs(self, batch: Any) -> tuple[Any, ...]:
         """What the encoder reads, and the decoder."""
