@@ -24,9 +24,10 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks.llama import drawn
+from benchmarks.machine import about
 from benchmarks.rivals import TorchRow, rivals
 from benchmarks.row import Options, Row
-from benchmarks.step import QUICK, build, device, versions
+from benchmarks.step import QUICK, build
 from lora_mini_jax.files import write_json
 
 SORTS = ("wide", "thin", "attention", "copies", "rest")
@@ -45,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     default = replace(QUICK, rounds=3) if "--quick" in argv else Options(rounds=5)
     options = tyro.cli(Options, args=argv, default=default)
-    record = {"rows": [], "config": asdict(replace(options, json=None)), "device": device(),
-              "versions": versions()}  # fmt: skip
+    record = {"rows": [], "config": asdict(replace(options, json=None)), **about()}
     for shape in options.each():
         rows = profiled(shape)
         where = {"width": shape.width, "length": shape.length, "batch": shape.batch}

@@ -23,6 +23,7 @@ COLUMNS: dict[str, tuple[str, float, str]] = {
     "trainable": ("trained", 1, ",.0f"),
     "optimiser_bytes": ("optimiser MB", 1e-6, ".2f"), "compile_s": ("compile s", 1, ".1f"),
     "checkpoint_bytes": ("checkpoint MB", 1e-6, ".2f"), "save_ms": ("save ms", 1, ".0f"),
+    "page_faults": ("page faults", 1, ",.0f"),
 }  # fmt: skip
 """The printed columns: ``{key: (heading, factor, format)}``; what a row does not know is blank."""
 QUARTILES = 0.25, 0.5, 0.75

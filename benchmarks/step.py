@@ -11,14 +11,13 @@ rival that fails, is named with its error, and the others go on.
 """
 
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from random import Random
+from statistics import median
 from typing import Any
 
 import flax.linen as nn
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 import lora_mini_jax as lmj
 from benchmarks.llama import drawn
+from benchmarks.machine import about, device, page_faults
 from benchmarks.picture import picture
 from benchmarks.rivals import Make, rivals
 from benchmarks.row import Options, Row, compiled, loss, markdown, summary, table
@@ -39,7 +39,6 @@ from lora_mini_jax.methods import from_spec
 
 FIRST = tuple(("layers_0", "self_attn", name) for name in ("q_proj", "k_proj", "v_proj"))
 QUICK = Options(quick=True, width=256, vocab=1024, length=128, rounds=5)
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "qwix", "torch", "peft", "transformers")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     print(f"{device()}, jax {jax.__version__}, {options.dtype}, medians of {options.rounds} rounds")
     command = shlex.join(["python", "-m", "benchmarks.step", *argv])
-    record = {"rows": [], "config": asdict(replace(options, json=None)), "device": device(),
-              "versions": versions(), "command": command}  # fmt: skip
+    record = {"rows": [], "config": asdict(replace(options, json=None)), **about(),
+              "command": command}  # fmt: skip
     tables = []
     for shape in shapes:
         rows = measure(shape)
@@ -72,25 +71,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_text(options.json.with_suffix(".md"), "\n".join(tables))
             write_text(options.json.with_suffix(".svg"), picture(record["rows"]))
         jax.clear_caches()
-
-
-def device() -> str:
-    """What the rows run on, PyTorch's too where that is another."""
-    kind = jax.devices()[0].device_kind
-    torch = sys.modules.get("torch")
-    other = torch and torch.cuda.is_available() and torch.cuda.get_device_name()
-    return f"{kind}, PyTorch on {other}" if other and other != kind else kind
-
-
-def versions() -> dict[str, str]:
-    """Of Python, this package, and whatever else is measured and installed."""
-    found = {"python": platform.python_version(), "lora_mini_jax": lmj.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def measure(options: Options) -> list[dict[str, Any]]:
@@ -111,10 +91,15 @@ def measure(options: Options) -> list[dict[str, Any]]:
                 raise
             reason = str(error).strip().splitlines() or [""]
             failed.append({"name": name, "error": f"{type(error).__name__}: {reason[0][:200]}"})
+    faults: dict[str, list[int]] = {row.name: [] for row in rows}
     for turn in tqdm(range(options.rounds), "measure", unit="round"):
         # Another order each round, so that no row always finds the cache that the same one left.
         for row in Random(turn).sample(rows, len(rows)):
+            before = page_faults()
             row.step(params, tokens)
+            faults[row.name].append(page_faults() - before)
+    for row in rows:
+        row.facts["page_faults"] = int(median(faults[row.name]))
     tokens_a_step = options.batch * options.length
     return [summary(row, rows[0].times, tokens_a_step) for row in rows] + failed
 

@@ -10,9 +10,10 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from benchmarks import profile
+from benchmarks import machine, profile
 from benchmarks.row import COLUMNS, Options
 from benchmarks.step import main
 from lora_mini_jax import UserError
@@ -245,3 +246,21 @@ def test_dot_flops_refuses_a_while_loop_with_products():
 
     with pytest.raises(ValueError, match="while loop"):
         dot_flops(jax.make_jaxpr(forever)(jnp.ones((4, 4))))
+
+
+def test_it_is_said_which_allocator_and_versions(record, monkeypatch):
+    assert {"python", "jax", "lora_mini_jax"} <= set(record["versions"])
+    assert record["allocator"] == machine.allocator()
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    monkeypatch.setenv("LD_PRELOAD", "libtcmalloc_minimal.so.4")
+    assert machine.allocator() == {
+        **record["allocator"],
+        "MALLOC_ARENA_MAX": "1",
+        "LD_PRELOAD": "libtcmalloc_minimal.so.4",
+    }
+
+
+def test_page_faults_are_those_of_new_memory():
+    before = machine.page_faults()
+    memory = np.ones(2**25)  # 256 MiB, in pages of at most 2
+    assert machine.page_faults() - before >= memory.nbytes // 2**21
