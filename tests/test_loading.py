@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.load import measure, room, write_random
-from lora_mini_jax.data.tokenizer import OTHER_FILES
+from lora_mini_jax.data.tokenizer_folder import OTHER_FILES
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models import Llama, LlamaConfig, load, save
 from lora_mini_jax.models import tensors as format_of
@@ -89,7 +89,6 @@ def test_every_parameter_goes_where_it_is_told(saved):
 EIGHT = """
 import jax, numpy as np, sys
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from lora_mini_jax.data.tokenizer import OTHER_FILES
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models import load
 mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))

@@ -23,7 +23,8 @@ from lora_mini_jax.data.loss import examples_right, next_tokens, summed, token_l
 from lora_mini_jax.data.packing import Packed, pack
 from lora_mini_jax.data.records import read_records
 from lora_mini_jax.data.texts import encode_texts, find_texts, hold_out, thinned
-from lora_mini_jax.data.tokenizer import Tokenizer, load_tokenizer
+from lora_mini_jax.data.tokenizer import Tokenizer
+from lora_mini_jax.data.tokenizer_folder import load_tokenizer
 
 __all__ = [
     "Batches",

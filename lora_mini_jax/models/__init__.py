@@ -6,9 +6,9 @@ from lora_mini_jax.models.deberta_config import DebertaV2Config
 from lora_mini_jax.models.encoder_config import BertConfig, RobertaConfig, XLMRobertaConfig
 from lora_mini_jax.models.gpt2 import GPT2
 from lora_mini_jax.models.gpt2_config import GPT2Config
-from lora_mini_jax.models.hub import load
 from lora_mini_jax.models.llama import Llama
 from lora_mini_jax.models.llama_config import LlamaConfig
+from lora_mini_jax.models.loading import load
 from lora_mini_jax.models.roberta import Roberta, XLMRoberta
 from lora_mini_jax.models.saving import save
 from lora_mini_jax.models.t5 import T5
