@@ -37,6 +37,13 @@ class Adapter:
         key: the data of the random key it was drawn with (uint32), kept so that the frozen leaves
             can be drawn again.
         sites: the adapted kernels and their methods, static under ``jit``.
+
+    Example:
+        >>> from lora_mini_jax.methods import LoRAMini
+        >>> params = {"up": {"kernel": jnp.ones((8, 32))}}
+        >>> adapter = init(params, LoRAMini(rank=2, a=4, b=4), [Target("up/kernel", (8, 32))])
+        >>> jax.tree.map(jnp.shape, adapter.trainable)
+        {'up/kernel': {'A': (4, 2), 'B': (2, 4)}}
     """
 
     trainable: dict[str, Factors]
@@ -148,7 +155,14 @@ def as_key(key: jax.Array | int) -> jax.Array:
 
 
 def count(adapter: Adapter) -> int:
-    """How many parameters are trained."""
+    """How many parameters are trained.
+
+    Example:
+        >>> from lora_mini_jax.methods import LoRA
+        >>> params = {"up": {"kernel": jnp.ones((8, 32))}}
+        >>> count(init(params, LoRA(rank=1), [Target("up/kernel", (8, 32))]))
+        40
+    """
     return sum(leaf.size for leaf in jax.tree.leaves(adapter.trainable))
 
 

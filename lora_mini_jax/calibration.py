@@ -47,6 +47,18 @@ def calibrate(
 
     Raises:
         UserError: no batch.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> from lora_mini_jax import LoRAMini, init, linen
+        >>> model, x = nn.Dense(8), jnp.ones((4, 16))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> method = LoRAMini(rank=2, a=4, b=4, outer_init="gradient")
+        >>> adapter = init(params, method, linen.targets(model, params, x))
+        >>> apply = linen.adapt(model)
+        >>> made = calibrate(adapter, params, lambda p, a, x, key: apply(p, a, x).mean(), [x])
+        >>> made.frozen["kernel"]["A_aux"].shape
+        (16, 4)
     """
     sites = [s for s in adapter.sites if s.method.needs_data and not s.owner]
     if not sites:

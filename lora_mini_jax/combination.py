@@ -63,6 +63,14 @@ def combine(
         UserError: numbers that do not fit, ranks that differ, kernels trained whole
             (``modules_to_save``), or a method that is no product of thin matrices with a ``how``
             that needs one.
+
+    Example:
+        >>> from lora_mini_jax import init
+        >>> params = {"up": {"kernel": jnp.ones((8, 32))}}
+        >>> targets = [Target("up/kernel", (8, 32))]
+        >>> one, other = init(params, LoRA(rank=2), targets), init(params, LoRA(rank=3), targets)
+        >>> combine([one, other], [0.5, 0.5], params, "cat").trainable["up/kernel"]["A"].shape
+        (8, 5)
     """
     require_choice("how", how, How)
     require_choice("majority", majority, Majority)

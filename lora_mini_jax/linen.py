@@ -4,6 +4,17 @@
 factors beside the kernel for that call, so ``scan``, ``remat`` and ``vmap`` slice them along. A
 `View` says how one call of a layer uses its kernel; layers that are not in the table below are
 brought in with ``rules={MyLayer: my_rule}``.
+
+Example:
+    >>> class MyDense(nn.Module):               # a layer of your own, with its kernel in "w"
+    ...     @nn.compact
+    ...     def __call__(self, x):
+    ...         return x @ self.param("w", nn.initializers.ones, (x.shape[-1], 4))
+    >>> rules = {MyDense: lambda module, method, args: View(args[0], leaf="w")}
+    >>> model, x = MyDense(), jax.numpy.ones((1, 8))
+    >>> params = model.init(jax.random.key(0), x)["params"]
+    >>> [target.path for target in targets(model, params, x, rules=rules)]
+    ['w']
 """
 
 from collections import Counter

@@ -52,6 +52,26 @@ class Method(Settings, ABC):
     Args:
         dropout: share of a layer's input that the adapter does not see, anew at every training
             step; the frozen kernel sees all of it, and so does the adapter in evaluation.
+
+    Example:
+        One trained vector between random factors. `low_rank.Product` gives what follows from the
+        matrices; a method of another form gives the abstract functions below itself.
+
+        >>> from lora_mini_jax.low_rank import Product
+        >>> @dataclass(frozen=True)
+        ... class Middle(Product):
+        ...     name = "middle"
+        ...     def init(self, key, kernel):
+        ...         keys, (n_in, n_out) = jax.random.split(key), kernel.shape
+        ...         A = jax.random.normal(keys[0], (n_in, self.rank)) / n_in**0.5
+        ...         B = jax.random.normal(keys[1], (self.rank, n_out)) / self.rank**0.5
+        ...         return {"d": jnp.zeros(self.rank)}, {"A": A, "B": B}
+        ...     def chain(self, factors):
+        ...         return factors["A"], factors["d"], factors["B"]
+        ...     def n_trainable(self, n_in, n_out):
+        ...         return self.rank
+        >>> Middle(rank=4).n_trainable(64, 32)
+        4
     """
 
     default_targets: ClassVar[str | tuple[str, ...]] = "all-linear"

@@ -47,6 +47,16 @@ def save(
 
     Raises:
         UserError: a disk that is full, or a folder that cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from lora_mini_jax import LoRA, Target, init
+        >>> params = {"up": {"kernel": jnp.ones((8, 32))}}
+        >>> adapter = init(params, LoRA(rank=2), [Target("up/kernel", (8, 32))])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/mine", adapter, params)
+        ...     sorted(path.name for path in Path(folder, "mine").iterdir())
+        ['adapter.json', 'adapter.safetensors']
     """
     from safetensors.numpy import save_file
 
@@ -77,6 +87,16 @@ def load(
         UserError: a folder or file that is missing, damaged or of another format; kernels that do
             not fit; another base model, or one that is not quantised as it was in training; frozen
             leaves that this machine draws differently.
+
+    Example:
+        >>> import tempfile
+        >>> from lora_mini_jax import LoRA, Target, init
+        >>> params = {"up": {"kernel": jnp.ones((8, 32))}}
+        >>> adapter = init(params, LoRA(rank=2), [Target("up/kernel", (8, 32))])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/mine", adapter, params)
+        ...     load(f"{folder}/mine", params).sites == adapter.sites
+        True
     """
     folder, record = Path(folder), record_of(folder)
     try:

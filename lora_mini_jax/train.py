@@ -32,6 +32,14 @@ class TrainState:
             moves them (SwitchLoRA).
         opt_state: the optimiser's state for those leaves.
         key: key data (uint32) from which each step's randomness is derived by folding in ``step``.
+
+    Example:
+        >>> from lora_mini_jax import LoRA, Target, init
+        >>> params = {"up": {"kernel": jnp.ones((8, 32))}}
+        >>> adapter = init(params, LoRA(rank=1), [Target("up/kernel", (8, 32))])
+        >>> state = TrainState.create(adapter, optax.adam(1e-2))
+        >>> int(state.step), sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
+        (0, 81)
     """
 
     step: jax.Array

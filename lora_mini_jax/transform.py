@@ -20,12 +20,32 @@ def merge(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
 
     Raises:
         UserError: an adapted kernel that ``params`` does not have, or in another shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lora_mini_jax import LoRA, Target, init
+        >>> params = {"up": {"kernel": jnp.ones((8, 32))}}
+        >>> adapter = init(params, LoRA(rank=2), [Target("up/kernel", (8, 32))])
+        >>> merge(params, adapter)["up"]["kernel"].shape
+        (8, 32)
     """
     return _change(params, adapter, lambda method: method.merge)
 
 
 def unmerge(merged: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
-    """The inverse of `merge` with the same adapter: takes the update out again (in float32)."""
+    """The inverse of `merge` with the same adapter: takes the update out again (in float32).
+
+    Raises:
+        UserError: as `merge`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lora_mini_jax import LoRA, Target, init
+        >>> params = {"up": {"kernel": jnp.ones((8, 32))}}
+        >>> adapter = init(params, LoRA(rank=2), [Target("up/kernel", (8, 32))])
+        >>> bool((unmerge(merge(params, adapter), adapter)["up"]["kernel"] == 1).all())
+        True
+    """
     return _change(merged, adapter, lambda method: method.unmerge)
 
 
@@ -33,6 +53,17 @@ def join(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     """One tree: beside every adapted ``kernel`` its ``kernel_adapter`` subtree.
 
     For people who keep one tree, with `optim.freeze`; `split` takes it apart.
+
+    Raises:
+        UserError: as `merge`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lora_mini_jax import LoRA, Target, init
+        >>> params = {"up": {"kernel": jnp.ones((8, 32))}}
+        >>> tree = join(params, init(params, LoRA(rank=2), [Target("up/kernel", (8, 32))]))
+        >>> list(tree["up"]), list(tree["up"]["kernel_adapter"]["trainable"])
+        (['kernel', 'kernel_adapter'], ['A', 'B'])
     """
     check_fit(params, [site.target for site in adapter.sites])
     flat = flatten(params)
@@ -45,7 +76,17 @@ def join(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
 
 
 def split(tree: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, Any], Adapter]:
-    """The inverse of `join`: ``(params, adapter)``; ``adapter`` gives sites and key."""
+    """The inverse of `join`: ``(params, adapter)``; ``adapter`` gives sites and key.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lora_mini_jax import LoRA, Target, init
+        >>> params = {"up": {"kernel": jnp.ones((8, 32))}}
+        >>> adapter = init(params, LoRA(rank=2), [Target("up/kernel", (8, 32))])
+        >>> plain, same = split(join(params, adapter), adapter)
+        >>> list(plain["up"]), list(same.trainable["up/kernel"])
+        (['kernel'], ['A', 'B'])
+    """
     params: dict[str, Any] = {}
     own = [site.target.path for site in adapter.sites if not site.owner]
     parts: dict[str, dict[str, Factors]] = {

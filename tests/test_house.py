@@ -63,10 +63,14 @@ def test_the_core_needs_neither_flax_nor_anything_heavy():
     assert out.stdout.strip() == "[]"
 
 
-def test_every_public_name_is_there_and_fits_a_screen():
+def test_every_public_name_has_an_example_and_all_fit_a_screen():
+    """The examples themselves are run as tests."""
     assert len(lora_mini_jax.__all__) <= 30
     for name in lora_mini_jax.__all__:
-        assert getattr(lora_mini_jax, name).__doc__, name
+        public = getattr(lora_mini_jax, name)
+        within = [getattr(public, each) for each in getattr(public, "__all__", ())]
+        docs = [each.__doc__ or "" for each in (public, *within)]
+        assert any(">>> " in doc for doc in docs), f"{name} has no example"
 
 
 def test_pins_and_ranges_agree():

@@ -1,15 +1,4 @@
-"""Text from models, plain or adapted: prompts of different lengths, greedy or sampled.
-
-Example:
-    >>> import jax
-    >>> from lora_mini_jax.models import Llama, LlamaConfig
-    >>> model = Llama(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24,
-    ...                           num_hidden_layers=1, num_attention_heads=2))
-    >>> params = model.init(jax.random.key(0), jax.numpy.array([[1]]))["params"]
-    >>> texts = generate(model, params, [[1, 5], [1, 9, 4]], max_new_tokens=3, eos_id=())
-    >>> [len(text) for text in texts]
-    [3, 3]
-"""
+"""Text from models, plain or adapted: prompts of different lengths, greedy or sampled."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -61,6 +50,16 @@ def generate(
         UserError: a model that writes no text, an empty prompt, ids outside the vocabulary, too
             many tokens for the model's positions, or sampling settings out of range; all of them
             in one line.
+
+    Example:
+        >>> import jax
+        >>> from lora_mini_jax.models import Llama, LlamaConfig
+        >>> model = Llama(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24,
+        ...                           num_hidden_layers=1, num_attention_heads=2))
+        >>> params = model.init(jax.random.key(0), jax.numpy.array([[1]]))["params"]
+        >>> texts = generate(model, params, [[1, 5], [1, 9, 4]], max_new_tokens=3, eos_id=())
+        >>> [len(text) for text in texts]
+        [3, 3]
     """
     if type(model) not in _WRITES:
         raise UserError(f"cannot generate with a {type(model).__name__}: give a model that load "

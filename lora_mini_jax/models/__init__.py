@@ -1,4 +1,16 @@
-"""Models with readers and writers of Hugging Face folders; Flax Linen throughout."""
+"""Models with readers and writers of Hugging Face folders; Flax Linen throughout.
+
+Example:
+    >>> import tempfile
+    >>> import jax
+    >>> model = GPT2(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=8))
+    >>> params = model.init(jax.random.key(0), jax.numpy.array([[1, 2]]))["params"]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/gpt2", model, params)           # transformers reads it too
+    ...     model, params = load(f"{folder}/gpt2")
+    >>> model.apply({"params": params}, jax.numpy.array([[1, 2]])).shape
+    (1, 2, 32)
+"""
 
 from lora_mini_jax.models.bert import Bert
 from lora_mini_jax.models.deberta import DebertaV2
