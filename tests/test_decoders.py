@@ -182,6 +182,11 @@ def test_what_a_file_does_not_say_is_as_in_transformers():
         same = ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "rope_theta",
                 "max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id",
                 "pad_token_id", *got.kind.options)  # fmt: skip
+        if not hasattr(hf, "rope_theta"):  # transformers 5
+            ropes = hf.rope_parameters
+            hf.rope_theta = ropes.get("full_attention", ropes)["rope_theta"]
+            if "sliding_attention" in ropes:
+                hf.rope_local_base_freq = ropes["sliding_attention"]["rope_theta"]
         for key in dict.fromkeys(same):
             if key != "layer_types":
                 assert getattr(got, key) == getattr(hf, key), (name, key)

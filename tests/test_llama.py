@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def oracle(request, tmp_path_factory):
     """(folder, torch model) of a random Llama whose norms and biases are not trivial."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.manual_seed(0)
-    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**BASE | CASES[request.param]))
+    given = deepcopy(BASE | CASES[request.param])  # transformers writes into it
+    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**given))
     with torch.no_grad():
         for p in hf.parameters():
             p.add_(torch.randn_like(p) * 0.1)

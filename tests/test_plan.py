@@ -1,5 +1,6 @@
 """A plan is of the run itself, whatever the model; and the run holds nothing beside it."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -75,6 +76,7 @@ def of_plan(options: Finetune, **changes: Any) -> PlanStep:
 def seen(options: Finetune) -> Seen:
     """Run ``finetune``, and look at it from inside."""
     found: dict[str, Any] = {}
+    gc.collect()  # what an earlier test left in a cycle would be freed while this one counts
     before, add = held(), Meter.add
 
     def noting(self: Meter, metrics: Any, tokens: Any) -> None:

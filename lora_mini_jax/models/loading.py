@@ -87,7 +87,11 @@ def load(
     if task is not None:
         drawn = lacking(family, slots, where, own.get("architectures") == hf["architectures"])
     read = [path for path in shapes if path not in drawn]
-    _check(folder, where, {name: s for path in read for name, s in slots[path].items()}, family)
+    expected = {name: shape for path in read for name, shape in slots[path].items()}
+    if hf.get("tie_word_embeddings") is True:  # then no file needs to hold a table twice
+        where |= {name: where[original] for name, original in family.copies.items()
+                  if name in expected and name not in where and original in where}  # fmt: skip
+    _check(folder, where, expected, family)
 
     place: Callable[[str], Any] = sharding if callable(sharding) else lambda name: sharding
     model, fresh = draw(model, family, drawn, seed)

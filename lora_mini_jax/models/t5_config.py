@@ -133,7 +133,7 @@ class T5Config:
                 line.
         """
         given = read_fields(cls, hf, "T5", REQUIRED, _PLAIN)
-        if hf.get("scale_decoder_outputs") is not None:
+        if given.get("tie_word_embeddings") is True and hf.get("scale_decoder_outputs") is not None:
             # Transformers 5 says here what tie_word_embeddings, always true there, used to say.
             given["tie_word_embeddings"] = hf["scale_decoder_outputs"]
         if "pad_token_id" in given:
