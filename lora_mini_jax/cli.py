@@ -1,14 +1,18 @@
 """The command line, ``lora-mini``: options in, one of the commands out, user errors as one line."""
 
 import contextlib
+import difflib
 import importlib
 import io
+import operator
+import os
 import re
 import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
+from itertools import dropwhile, takewhile
 from typing import Any
 
 from lora_mini_jax.errors import UserError, told_of_memory
@@ -56,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("lora-mini: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `lora-mini ... | head` has read enough; stay silent in the end too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def parse(argv: list[str]) -> Any:
@@ -70,7 +77,10 @@ def parse(argv: list[str]) -> Any:
 
     argv, config = _take_config(argv)
     command = argv[0] if argv else ""
-    cls = OPTIONS.get(command)
+    cls: Any = OPTIONS.get(command)
+    if cls is None and command not in ("-h", "--help"):
+        said = f"unknown command {command!r}" if command else "no command"
+        raise UserError(f"{said}: choose from {', '.join(COMMANDS)} (see lora-mini --help)")
     default = from_file(cls, config) if cls and config is not None else None
     argv = _settings_as_words(argv, cls, default)
     stderr = io.StringIO()
@@ -78,13 +88,12 @@ def parse(argv: list[str]) -> Any:
         with contextlib.redirect_stderr(stderr):
             if config is None:
                 return tyro.extras.subcommand_cli_from_dict(OPTIONS, args=argv, prog="lora-mini")
-            if cls is None:
-                raise UserError(f"unknown command {command!r}: choose from {', '.join(COMMANDS)}")
             return tyro.cli(cls, args=argv[1:], default=default, prog=f"lora-mini {command}")
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(_one_line(stderr.getvalue())) from None
+        said = _unknown(argv[1:], cls) or _one_line(stderr.getvalue())
+        raise UserError(f"{said} (see lora-mini {command} --help)") from None
 
 
 def run(options: Any) -> None:
@@ -154,14 +163,36 @@ def _flag(word: str) -> str:
     return word.removeprefix("--").partition("=")[0].replace("-", "_")
 
 
+def _unknown(words: list[str], cls: Any) -> str:
+    """The options that a command does not have, with those that may have been meant; or nothing."""
+    known = {field.name.replace("_", "-"): field.type for field in fields(cls)}
+    flags = {f"--no-{name}" for name, kind in known.items() if kind is bool}
+    flags |= {f"--{name}" for name in known} | {"--help"}
+    said = []
+    for word in dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("--")):
+        if word.replace("_", "-") in flags:
+            continue
+        initials = [f for f in flags if "".join(p[0] for p in f[2:].split("-")) == word[2:]]
+        near = initials or difflib.get_close_matches(word, sorted(flags), cutoff=0.5)
+        said.append(f"{word}: did you mean {' or '.join(near)}?" if near else word)
+    return f"no such option: {', '.join(said)}" if said else ""
+
+
+_NUMBERS = {"invalid literal for int": "a whole number", "could not convert string": "a number"}
+"""What Python says of a word that is no number, and what to give."""
+
+
 def _one_line(text: str) -> str:
-    """What the option parser says in a box, as a line: up to the box's rule, where help begins."""
-    title, *lines = [line.strip("╭╮╰╯│─ ") for line in text.strip().splitlines()]
-    said = " ".join(lines[: lines.index("")] if "" in lines else lines)
+    """What the option parser says in a box, as a line: up to the box's rule, where help begins. A
+    terminal that knows ASCII alone gets another box."""
+    box = "╭╮╰╯│─ "
+    title, *lines = ["" if set(line) <= {*box, "-"} else line.strip(box)
+                     for line in text.strip().splitlines()]  # fmt: skip
+    said = " ".join(takewhile(bool, dropwhile(operator.not_, lines)))
     said = re.sub(r"^Error parsing \w+: ", "", said)
-    return (
-        f"{said if title == 'Value error' else f'{title.lower()}: {said}'} (see lora-mini --help)"
-    )
+    for python, kind in _NUMBERS.items():
+        said = re.sub(rf"^Error parsing (\S+): {python}[^']*(.*)", rf"\1 is \2: give {kind}", said)
+    return said if title == "Value error" else f"{title.lower()}: {said}"
 
 
 if __name__ == "__main__":

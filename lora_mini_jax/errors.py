@@ -29,7 +29,7 @@ def told_of_memory() -> Generator[None]:
     try:
         yield
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")):
             raise
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(

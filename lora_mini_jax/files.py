@@ -75,7 +75,10 @@ def write_text(path: str | Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
-            temporary.write_text(text, encoding="utf-8")
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # or a name that outlives a crash may hold nothing
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -137,8 +137,17 @@ def test_compare_runs_methods_and_seeds(place, capsys):
     ("argv", "said"),
     [
         ([], "finetune, compare"),
-        (["fintune"], "finetune, compare"),
-        (["finetune", "--modl", "x"], "--modl"),
+        ([], "no command: choose from finetune"),
+        (["fintune"], "unknown command 'fintune': choose from finetune, compare"),
+        (["finetune", "--modl", "x"], "--modl: did you mean --model"),
+        (
+            ["finetune", "--lr=1", "--zzz"],
+            "--lr: did you mean --learning-rate?, --zzz (see lora-mini finetune --help)",
+        ),
+        (["finetune", "--no-packin"], "--no-packing"),
+        (["finetune", "--batch-size", "x"], "--batch-size is 'x': give a whole number"),
+        (["finetune", "--learning-rate", "x"], "--learning-rate is 'x': give a number"),
+        (["finetune", "--dtype", "float64"], "'--dtype'. Expected one of ('float32', 'bfloat16')"),
         (["finetune", "--data", "x", "--rank", "two"], "rank is 'two'"),
         (["finetune", "--data", "x", "--rank", "0"], "rank is 0"),
         (["finetune", "--data", "x", "--method", "magic"], "choose one of adalora"),
@@ -195,6 +204,13 @@ def test_bad_data_is_one_line_and_leaves_no_adapter(place, capsys, name, said):
     argv = ["finetune", "--config", place / "config.json", "--data", bad_data(place, name)]
     assert said in refused(capsys, *argv, "--output-dir", out)
     assert not (out / "adapter").exists()
+
+
+def test_output_that_nobody_reads_on_is_no_error():
+    command = f"{sys.executable} -m lora_mini_jax.cli finetune --help | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: lora-mini finetune")
+    assert done.stderr == ""
 
 
 def test_a_device_without_room_is_one_line(capsys, monkeypatch):

@@ -115,7 +115,7 @@ def test_outputs_and_gradients_are_those_on_the_dense_form(method: Any, bits: An
         close(found, before, 1e-4)
 
 
-@every(CHAIN, READER, RELATED)
+@every(CHAIN, LoRA(rank=2), READER, MiSS(rank=3), RELATED)
 @pytest.mark.parametrize(("layout", "bits"), [("plain", "nf4"), ("scan+remat", "int8")])
 def test_adapted_call_on_quantised_kernels_is_that_of_the_merged_ones(
     method: Any, layout: str, bits: str

@@ -26,7 +26,7 @@ from lora_mini_jax import (
 )
 from lora_mini_jax.checkpoint import Checkpoints
 from lora_mini_jax.collectives import Collective, collectives
-from lora_mini_jax.methods import METHODS, DoRA, Full, LoRA, SwitchLoRA
+from lora_mini_jax.methods import METHODS, AdaLoRA, DoRA, Full, LoRA, SwitchLoRA
 from lora_mini_jax.tree import parameters
 from tests.cases import CASES, Case, cross_entropy, draws, random_params, randomised
 from tests.test_laws import close
@@ -34,10 +34,11 @@ from tests.test_laws import close
 # One of every class, the form of one that reads the kernel where the others do not, and leaves
 # that are keys, or have no entries.
 CHOSEN = {next(c.name for c in CASES if type(c.method) is kind) for kind in METHODS.values()}
-every_method = pytest.mark.parametrize(
-    "case",
-    [c for c in CASES if c.name in CHOSEN | {"miss-bat", "lora-mini-recompute"}],
-    ids=lambda case: case.name,
+ALL = [c for c in CASES if c.name in CHOSEN | {"miss-bat", "lora-mini-recompute"}]
+every_method = pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
+# The update of MiSS's mode bat is a product of the kernel itself with blocks of its own.
+thin_methods = pytest.mark.parametrize(
+    "case", [c for c in ALL if c.name != "miss-bat"], ids=lambda case: case.name
 )
 VOCAB, WIDTH, HEADS, LAYERS, ROWS, LENGTH = 20, 16, 2, 2, 8, 5
 TOKENS = jnp.asarray(np.random.default_rng(3).integers(0, VOCAB, (ROWS, LENGTH)))
@@ -52,10 +53,20 @@ class Block(nn.Module):
         return x + nn.DenseGeneral(WIDTH, axis=(-2, -1), name="o_proj")(h), None
 
 
+class Plain(nn.Module):
+    """The same with kernels that are matrices."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+        h = jnp.tanh(nn.Dense(24, name="up")(x))
+        return x + nn.Dense(WIDTH, name="o_proj")(h), None
+
+
 class Model(nn.Module):
     """Embedding, stacked blocks or a row of them, and the embedding again."""
 
     stacked: bool = True
+    block: type[nn.Module] = Block
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -63,16 +74,18 @@ class Model(nn.Module):
         x = nn.RMSNorm(name="first")(table(tokens))
         if self.stacked:
             each: dict[str, Any] = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-            x, _ = nn.scan(Block, length=LAYERS, **each)(name="layers")(x, None)
+            x, _ = nn.scan(self.block, length=LAYERS, **each)(name="layers")(x, None)
         else:
             for i in range(LAYERS):
-                x, _ = Block(name=f"layers_{i}")(x)
+                x, _ = self.block(name=f"layers_{i}")(x)
         return table.attend(x)
 
 
 @cache
-def made(stacked: bool = True) -> tuple[Any, Any, tuple[Target, ...]]:
-    model = Model(stacked)
+def made(
+    stacked: bool = True, block: type[nn.Module] = Block
+) -> tuple[Any, Any, tuple[Target, ...]]:
+    model = Model(stacked, block)
     params = random_params(model, TOKENS)
     return model, params, linen.targets(model, params, TOKENS)
 
@@ -99,10 +112,14 @@ def loss_of(model: nn.Module, params: Any) -> Any:
 
 
 def program(
-    sizes: str, method: Any, which: str = "all-linear", stacked: bool = False
+    sizes: str,
+    method: Any,
+    which: str = "all-linear",
+    stacked: bool = False,
+    block: type[nn.Module] = Block,
 ) -> tuple[list[Collective], Any]:
     """What the devices exchange in a training step, and the adapter that is trained."""
-    model, params, targets = made(stacked)
+    model, params, targets = made(stacked, block)
     chosen = select(parameters(params, targets), which)
     params, adapter, batch = on_mesh(sizes, params, init(params, method, chosen), targets)
     tx = optax.adam(1e-2)
@@ -137,31 +154,47 @@ def test_ten_steps_on_eight_devices_are_those_on_one(case: Case):
     for ours, theirs in zip(together[0], alone[0], strict=True):
         np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
         np.testing.assert_allclose(ours.grad_norm, theirs.grad_norm, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(ours.aux, theirs.aux, atol=1e-4)  # after steps that round
-    np.testing.assert_allclose(together[0][0].aux, alone[0][0].aux, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(ours.aux, theirs.aux, rtol=1e-5, atol=1e-5)
     close(together[1], alone[1], 1e-5)
-    close(together[2].trainable, alone[2].trainable, 1e-4)
+    close(together[2].trainable, alone[2].trainable, 1e-5)
     assert jax.tree.map(lambda leaf: leaf.sharding, together[2]) == before
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["lora", "lora-mini-orthogonal", "dora", "miss", "vera", "full", "switchlora", "relora"],
-)
-def test_data_parallel_devices_exchange_trained_gradients_alone(name: str):
-    method = next(case.method for case in CASES if case.name == name)
-    exchanged, adapter = program("data=8", method)
+@thin_methods
+def test_data_parallel_devices_exchange_trained_gradients_alone(case: Case):
+    exchanged, adapter = program("data=8", case.method)
     assert {each.kind for each in exchanged} == {"all-reduce"}
     sizes = Counter(math.prod(shape) for each in exchanged for shape in each.shapes if shape)
     leaves = jax.tree.leaves(adapter.trainable)
     # Leaf by leaf; some are transposed, and those of `full` have the axes of the model's kernels.
-    assert sizes == Counter(leaf.size for leaf in leaves)
+    assert sizes == Counter(leaf.size for leaf in leaves if leaf.shape)
     trained = sum(leaf.nbytes for leaf in leaves)
     assert 0 <= sum(each.bytes for each in exchanged) - trained <= 16  # the loss and its like
     # A layer in a scan exchanges its own at every turn.
-    exchanged, adapter = program("data=8", method, stacked=True)
+    exchanged, adapter = program("data=8", case.method, stacked=True)
     trained = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter.trainable))
     assert 0 <= sum(each.bytes * each.times for each in exchanged) - trained <= 16
+
+
+def test_bat_exchanges_gradients_as_large_as_kernels_and_this_is_known():
+    (bat,) = (case.method for case in ALL if case.name == "miss-bat")
+    exchanged, _ = program("data=8", bat)
+    kernels = [leaf for leaf in jax.tree.leaves(made(False)[1]) if leaf.ndim == 3]
+    wanted = sum(leaf.nbytes for leaf in kernels)
+    assert 0 <= sum(each.bytes for each in exchanged) - wanted <= 16
+
+
+@thin_methods
+def test_on_fsdp_too_nothing_else_is_added_up(case: Case):
+    exchanged, adapter = program("fsdp=8", case.method, block=Plain)
+    trained = sum(leaf.nbytes for leaf in jax.tree.leaves(adapter.trainable))
+    added = sum(each.bytes for each in exchanged if each.kind == "all-reduce")
+    # Sums over rows that devices share: DoRA's norms; AdaLoRA's A^T A and sensitivities of A.
+    method, factors = case.method, adapter.trainable.values()
+    sums = sum(leaves["magnitude"].nbytes for leaves in factors) if case.name == "dora" else 0
+    if isinstance(method, AdaLoRA):
+        sums = len(factors) * 4 * method.rank * (method.rank + 1)
+    assert 0 <= added - trained <= 24 + sums
 
 
 @pytest.mark.parametrize(("sizes", "rows"), [("fsdp=8", 1), ("fsdp=4,tensor=2", 2)])
@@ -178,20 +211,30 @@ def test_every_device_works_on_its_own_rows_alone(sizes: str, rows: int):
 
 @pytest.mark.parametrize(("sizes", "stacked"), [("fsdp=8", False), ("fsdp=4,tensor=2", True)])
 def test_nothing_is_gathered_that_the_bare_model_would_not_gather(sizes: str, stacked: bool):
-    def gathered(method: Any, which: str = "all-linear") -> tuple[int, Any]:
-        exchanged, adapter = program(sizes, method, which, stacked)
+    def gathered(
+        method: Any, which: str = "all-linear", block: type[nn.Module] = Block
+    ) -> tuple[int, Any]:
+        exchanged, adapter = program(sizes, method, which, stacked, block)
         kind = (each for each in exchanged if each.kind == "all-gather")
         return sum(each.bytes * each.times for each in kind), adapter
 
     # Training the first norm alone takes the bare model's way, forward and all the way back.
     bare, _ = gathered(Full(), "first")
     assert bare > 0
-    for name in ("lora", "lora-mini-orthogonal", "miss", "vera"):
-        adapted, adapter = gathered(next(case.method for case in CASES if case.name == name))
+    plain, _ = gathered(Full(), "first", Plain)
+
+    def check(case: Case, bare: int, block: type[nn.Module]) -> None:
+        adapted, adapter = gathered(case.method, block=block)
         # Forward and back it gathers leaves of its own, and nothing more.
         own = sum(leaf.nbytes for leaf in jax.tree.leaves((adapter.trainable, adapter.frozen)))
-        assert adapted - bare <= 2 * own, name
-    # DoRA reads the kernel itself, as a matrix, which the heads of this model are not.
+        assert adapted - bare <= 2 * own, case.name
+
+    for case in ALL:
+        if case.name == "dora":  # reads the kernel itself, as a matrix
+            check(case, plain, Plain)
+        elif case.name != "miss-bat":
+            check(case, bare, Block)
+    # Of kernels with heads as axes it gathers what it reads.
     kernels = sum(4 * math.prod(target.shape) for target in made(stacked)[2])
     assert gathered(DoRA(rank=2))[0] - bare <= 2 * kernels
 

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from lora_mini_jax.decompositions import qr, top_singular
 from lora_mini_jax.low_rank import LowRank
 from lora_mini_jax.method import Factors
+from lora_mini_jax.products import matmul
+
+Pair = tuple[jax.Array, jax.Array]
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,42 @@ class FromKernel(LowRank):
         a, b = self.start(kernel)
         return {"A": a, "B": b}, {"A0": a, "B0": b}
 
-    def chain(self, factors: Factors) -> tuple[jax.Array, ...]:
-        left = jnp.concatenate([factors["A"], factors["A0"]], axis=1)
-        right = jnp.concatenate([factors["B"], -factors["B0"]], axis=0)
-        return left, self.scale * right
+    def chain(self, factors: Factors) -> Pair:
+        return _joined(*self._pairs(factors))
+
+    def delta(self, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
+        return _since(x, *jax.tree.map(lambda leaf: leaf.astype(x.dtype), self._pairs(factors)))
+
+    def _pairs(self, factors: Factors) -> tuple[Pair, Pair]:
+        """What is trained and where it started, each ``(in, rank), (rank, out)``."""
+        now, start = (factors["A"], factors["B"]), (factors["A0"], factors["B0"])
+        return (now[0], self.scale * now[1]), (start[0], self.scale * start[1])
 
     def n_trainable(self, n_in: int, n_out: int) -> int:
         return self.rank * (n_in + n_out)
+
+
+def _joined(now: Pair, start: Pair) -> Pair:
+    """``[A | A0]`` and ``[B ; -B0]``, whose product is the update."""
+    return jnp.concatenate([now[0], start[0]], 1), jnp.concatenate([now[1], -start[1]], 0)
+
+
+@jax.custom_jvp
+def _since(x: jax.Array, now: Pair, start: Pair) -> jax.Array:
+    """``x`` times the update. The two halves share their products, so that a narrow dtype does not
+    round each of two large numbers; but gradients are those of one half alone, in its own shape:
+    autodiff would have devices exchange both."""
+    left, right = _joined(now, start)
+    return matmul(x, left) @ right
+
+
+@_since.defjvp
+def _since_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (x, now, start), (dx, dnow, dstart) = primals, tangents
+    left, right = _joined(now, start)
+    h, rank = matmul(x, left), now[0].shape[1]
+    dh = jnp.concatenate([matmul(x, dnow[0]), matmul(x, dstart[0])], -1) + matmul(dx, left)
+    return h @ right, dh @ right + h[..., :rank] @ dnow[1] - h[..., rank:] @ dstart[1]
 
 
 @dataclass(frozen=True)
