@@ -116,8 +116,14 @@ def record_of(folder: str | Path) -> Record:
     """What ``adapter.json`` says, the ``task`` and the ``base`` that `save` was given among it;
     errors as in `load`."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no adapter folder {folder}")
+    if not (folder / "adapter.json").exists():
+        hints = {
+            "adapter/adapter.json": f"give {folder / 'adapter'}, that of this run",
+            "adapter_config.json": "it is PEFT's, which lora_mini_jax.peft.load reads",
+            "": "give one that finetune or lora_mini_jax.save wrote",
+        }
+        hint = next((say for name, say in hints.items() if (folder / name).exists()), hints[""])
+        raise UserError(f"{folder} is no adapter folder, it has no adapter.json: {hint}")
     return read_record(read_json(folder / "adapter.json"), folder)
 
 

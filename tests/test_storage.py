@@ -107,7 +107,13 @@ def test_a_key_whose_bits_differ_between_machines_is_refused():
 
 
 def test_a_folder_or_file_that_is_missing(tmp_path, folder):
-    refused(tmp_path / "nowhere", "no adapter folder")
+    run = tmp_path / "run"
+    refused(run, "is no adapter folder", "give one that finetune or")
+    (run / "adapter").mkdir(parents=True)
+    (run / "adapter_config.json").write_text("{}")
+    refused(run, "it is PEFT's")
+    (run / "adapter/adapter.json").write_text("{}")
+    refused(run, f"give {run / 'adapter'}, that of this run")
     (folder / "adapter.safetensors").unlink()
     refused(folder, "adapter.safetensors")
     (folder / "adapter.json").unlink()
