@@ -44,12 +44,23 @@ class Adapter:
         >>> adapter = init(params, LoRAMini(rank=2, a=4, b=4), [Target("up/kernel", (8, 32))])
         >>> jax.tree.map(jnp.shape, adapter.trainable)
         {'up/kernel': {'A': (4, 2), 'B': (2, 4)}}
+        >>> adapter
+        Adapter(1 kernel: lora-mini; 16 numbers trained, 160 frozen)
     """
 
     trainable: dict[str, Factors]
     frozen: dict[str, Factors]
     key: jax.Array
     sites: tuple[Site, ...]
+
+    def __repr__(self) -> str:
+        # Without arrays: a notebook shows this for a cell that ends with an adapter.
+        groups = by_method(self.sites).items()
+        kernels = [f"{len(paths)} kernel{'s'[: len(paths) != 1]}: {method.name}"
+                   for method, paths in groups]  # fmt: skip
+        trained, frozen = (sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(tree))
+                           for tree in (self.trainable, self.frozen))  # fmt: skip
+        return f"Adapter({', '.join(kernels)}; {trained:,} numbers trained, {frozen:,} frozen)"
 
     def factors(self) -> dict[str, Factors]:
         """Every kernel's leaves, trainable and frozen together, as a call uses them: shared ones

@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lora_mini_jax import beside
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.tree import Target, flatten
+from lora_mini_jax.tree import Target, flatten, traced
 from lora_mini_jax.views import (
     RULES,
     Rule,
@@ -62,18 +62,20 @@ def targets(
     model: nn.Module,
     params: Mapping[str, Any],
     *inputs: Any,
+    variables: Mapping[str, Any] | None = None,
     rules: Rules | None = None,
     **kwargs: Any,
 ) -> tuple[Target, ...]:
     """Every kernel that this call of the model uses, and how each is a matrix.
 
-    Traces ``model.apply({"params": params}, *inputs, **kwargs)`` without computing anything; arrays
-    may be ``jax.ShapeDtypeStruct``. Nothing is guessed from shapes.
+    Traces ``model.apply({"params": params, **variables}, *inputs, **kwargs)`` without computing
+    anything; arrays may be ``jax.ShapeDtypeStruct``. Nothing is guessed from shapes.
 
     Args:
         model: any Linen module.
         params: its parameters.
         *inputs, **kwargs: as for ``model.apply``.
+        variables: other collections that the model has, such as ``batch_stats``.
         rules: layers of your own, ``{MyDense: linen.dense}``, beside the built-in ones.
 
     Raises:
@@ -104,8 +106,10 @@ def targets(
 
     all_rules = {**RULES, **(rules or {})}
     with nn.intercept_methods(interceptor):
-        marked = beside.marked(params, {})
-        jax.eval_shape(lambda p, *x: model.apply({"params": p}, *x, **kwargs), marked, *inputs)
+        traced(
+            lambda v, p, *x: model.apply({**v, "params": p}, *x, **kwargs),
+            variables or {}, beside.marked(params, {}), *inputs,
+        )  # fmt: skip
     return tuple(found[path] for path in flat if path in found)
 
 

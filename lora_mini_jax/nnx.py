@@ -20,7 +20,7 @@ from flax import nnx
 
 from lora_mini_jax import beside, views
 from lora_mini_jax.adapter import Adapter
-from lora_mini_jax.tree import Target, flatten, unflatten
+from lora_mini_jax.tree import Target, flatten, traced, unflatten
 from lora_mini_jax.views import Rules, View
 from lora_mini_jax.watched import name_of, watch
 
@@ -115,7 +115,7 @@ def targets(
         watch(fresh, state, {**RULES, **(rules or {})}, record)
         return fresh(*inputs, **kwargs)
 
-    jax.eval_shape(call, state, *inputs)
+    traced(call, state, *inputs)
     return tuple(found[path] for path in shapes if path in found)
 
 

@@ -47,6 +47,9 @@ def select(
         ['up/kernel']
     """
     targets = tuple(targets)
+    if not include:
+        raise UserError(f"include is {include!r}: give a pattern, names or one of "
+                        f"{', '.join(map(repr, PRESETS))}; {listing(targets)}")  # fmt: skip
     if isinstance(include, str) and include in PRESETS:
         chosen = [t for t in targets if PRESETS[include](t)]
         if not chosen:

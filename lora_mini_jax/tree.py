@@ -6,7 +6,7 @@ guessed from shapes. `selection.select` picks among them.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,3 +173,20 @@ def float32(array: jax.Array) -> jax.Array:
 
 def _array(path: str, shape: tuple[int, ...]) -> Target:
     return Target(path, shape, ins=(), outs=tuple(range(len(shape))), kind="array")
+
+
+def traced(function: Callable[..., Any], *args: Any) -> Any:
+    """``jax.eval_shape`` in which arrays alone are abstract: a flag among ``args`` stays a flag.
+
+    Example:
+        >>> traced(lambda x, flag: x.T if flag else x, jnp.ones((2, 3)), True).shape
+        (3, 2)
+    """
+    leaves, structure = jax.tree.flatten(args)
+
+    def call(arrays: list[Any]) -> Any:
+        rest = iter(arrays)
+        own = [next(rest) if hasattr(leaf, "shape") else leaf for leaf in leaves]
+        return function(*structure.unflatten(own))
+
+    return jax.eval_shape(call, [leaf for leaf in leaves if hasattr(leaf, "shape")])

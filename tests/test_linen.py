@@ -214,7 +214,8 @@ def test_other_collections_and_random_streams_pass_through():
     variables = model.init(jax.random.key(0), X, False)
     params, rest = variables["params"], {"batch_stats": variables["batch_stats"]}
     keywords: dict[str, Any] = {"rngs": {"dropout": key}, "mutable": ["batch_stats"]}
-    shown = linen.targets(Wrap(lambda x: nn.Dense(5, name="Dense_0")(x)), params, X)
+    shown = linen.targets(model, params, X, False, variables=rest)
+    assert [target.path for target in shown] == ["Dense_0/kernel"]
     adapter = randomised(init(params, METHOD, shown), 0.5)
     y, new = linen.adapt(model)(params, adapter, X, True, variables=rest, **keywords)
     whole = {"params": merge(params, adapter), **rest}
@@ -340,6 +341,8 @@ TARGETS = tuple(
         (".", ["up", "nothing"], None),
         ("up", "up", None),
         ("(", (), None),
+        ([], (), None),
+        ("", (), None),
     ],
 )
 def test_select_chooses_by_pattern_or_raises(include: Any, exclude: Any, chosen: Any):
