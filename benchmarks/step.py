@@ -6,7 +6,8 @@ Every row trains the same random Llama on the same tokens, in one process. Each 
 of every row, so that noise from elsewhere hits all alike; trust ``floor_ratio`` (a row's time over
 the floor's in the same round) before milliseconds. ``--quick`` takes under a minute on two cores;
 the default, two layers of width 1024, some minutes. With ``--json`` the tables in Markdown and a
-picture are written beside it, all anew after every shape. A row that there is no memory for, or a
+picture are written beside it, all anew after every shape. On a Hopper GPU LoRA-Mini and LoRA have a
+second row, by joint products. A row that there is no memory for, or a
 rival that fails, is named with its error, and the others go on.
 """
 
@@ -19,6 +20,7 @@ from functools import partial
 from random import Random
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -34,6 +36,7 @@ from benchmarks.picture import picture
 from benchmarks.rivals import Make, rivals
 from benchmarks.row import Options, Row, compiled, loss, markdown, summary, table
 from benchmarks.saving import saving
+from lora_mini_jax import nvidia
 from lora_mini_jax.files import write_json, write_text
 from lora_mini_jax.methods import from_spec
 
@@ -108,7 +111,7 @@ def build(options: Options, model: Any, params: Any, tokens: jax.Array) -> dict[
     """What makes each of our rows, by name; the floor first."""
     tx, targets = optax.adam(1e-4), lmj.linen.targets(model, params, tokens[:, :-1])
     targets, adapt = lmj.select(targets), lmj.linen.adapt(model)
-    mini = lmj.LoRAMini(options.rank, a=options.inner, b=options.inner)
+    mini = lmj.LoRAMini(options.rank, a=options.inner, b=options.inner, outer=options.dtype)
 
     def adapted(name: str, method: lmj.Method, apply: Callable = adapt) -> Row:
         def loss_fn(params: Any, adapter: Any, tokens: jax.Array, key: jax.Array) -> jax.Array:
@@ -123,12 +126,23 @@ def build(options: Options, model: Any, params: Any, tokens: jax.Array) -> dict[
 
     methods: dict[str, lmj.Method] = {"lora-mini": mini, "lora": lmj.LoRA(options.rank)}
     methods |= {spec: from_spec(spec) for spec in options.methods}
+    found: dict[str, Make] = {n: partial(adapted, n, method) for n, method in methods.items()}
+    if nvidia.capability() == 9.0:
+        for name in ("lora-mini", "lora"):
+            again = partial(adapted, f"{name} joint", methods[name])
+            found[f"{name} joint"] = partial(joined, again)
     return {
         "frozen floor": partial(floor, options, model, params, tokens),
-        **{name: partial(adapted, name, method) for name, method in methods.items()},
+        **found,
         "lora-mini merged": partial(adapted, "lora-mini merged", mini, merged),
         "full": partial(full, tx, model, params, tokens),
     }
+
+
+def joined(make: Make) -> Any:
+    """A row that multiplies by every kernel and its adapter in one product."""
+    with mock.patch.dict(os.environ, {nvidia.JOINT: "1"}):
+        return make()
 
 
 def floor(options: Options, model: Any, params: Any, tokens: jax.Array) -> Row:

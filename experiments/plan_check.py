@@ -47,6 +47,10 @@ CHECKS: dict[str, dict[str, Any]] = {
     "full fine-tuning": {"method": "full", "batch_size": 2},
     "MiSS on data=2": {"method": "miss", "batch_size": 8, "mesh": "data=2"},
     "full fine-tuning on fsdp=2": {"method": "full", "batch_size": 4, "mesh": "fsdp=2"},
+    "LoRA-Mini on tensor=2": {**MINI, "batch_size": 8, "mesh": "tensor=2"},
+    "LoRA on nf4, scanned, remat full": {
+        **LORA, "batch_size": 16, "scan_layers": True, "remat": "full", "quantize": "nf4"
+    },
 }  # fmt: skip
 STEPS = 3
 Report = dict[str, Any]

@@ -4,7 +4,8 @@ The factors of a kernel are put next to it in the parameters, so that ``scan``, 
 ``vmap`` slice them along; a dense update is added to the kernel itself.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 from lora_mini_jax.adapter import Adapter, as_key
 from lora_mini_jax.draws import fold_path, split_key
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.joint import multiplied
+from lora_mini_jax.nvidia import takes_joint_products
 from lora_mini_jax.plan import Site
 from lora_mini_jax.selection import listing
 from lora_mini_jax.tree import check_fit, dense, flatten, over_lead, unflatten
@@ -113,6 +116,36 @@ def _dropped(x: Array, rate: float, key: Array) -> Array:
     """``x`` with a share of its entries zeroed and the others scaled up by as much."""
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+@contextmanager
+def multiplying(
+    module: Any, site: Site, view: View, factors: Mapping[str, Array], done: Callable[[], None]
+) -> Generator[None]:
+    """Let a layer multiply by its kernel and the adapter at once, where the device, the method and
+    the shapes allow it; ``done`` is called when it did. All else of the layer is its own: its
+    dtypes, its bias."""
+    matrix = view.use == "product" and (view.batch, view.ins, view.outs) == ((), (0,), (1,))
+    free = all(getattr(module, name, 0) is None for name in ("dot_general", "dot_general_cls"))
+    chain = None
+    if matrix and free and DROPOUT not in factors and takes_joint_products():
+        chain = site.method.joint(dict(factors), site.target.n_in, site.target.n_out)
+    if chain is None:
+        yield
+        return
+
+    def dot_general(x: Array, kernel: Array, dims: Any, *args: Any, **kw: Any) -> Array:
+        y = multiplied(x, kernel, chain) if dims == (((x.ndim - 1,), (0,)), ((), ())) else None
+        if y is None:
+            return jax.lax.dot_general(x, kernel, dims, *args, **kw)
+        done()
+        return y
+
+    object.__setattr__(module, "dot_general", dot_general)  # past Flax's guard of its attributes
+    try:
+        yield
+    finally:
+        object.__setattr__(module, "dot_general", None)
 
 
 def delta(

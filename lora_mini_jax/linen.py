@@ -19,13 +19,14 @@ Example:
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_mini_jax import beside
+from lora_mini_jax import beside, nvidia
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.tree import Target, flatten, traced
@@ -177,15 +178,17 @@ def adapt(
                 return next_call(*args, **kw)
             path, view = call
             before = used[path]
-            y = next_call(*args, **kw)
-            if used[path] > before:
-                return y  # a subclass that called its parent: the parent's call was adapted
-            used[path] += 1
             kernel, own = beside.of_layer(context.module, view)
+            given = context.module, sites[path], view, own, partial(used.update, [path])
+            with beside.multiplying(*given):
+                y = next_call(*args, **kw)
+            if used[path] > before:
+                return y  # in one product; or a subclass called its parent, which was adapted
+            used[path] += 1
             return y + beside.delta(sites[path], view, kernel, own, y.dtype, before)
 
         joined = beside.marked(*beside.prepared(params, adapter, dropout_key))
-        with nn.intercept_methods(interceptor):
+        with nvidia.on_mesh(rows), nn.intercept_methods(interceptor):
             out = model.apply({**(variables or {}), "params": joined}, *inputs, **kwargs)
         if whole:
             beside.check_used(sites, used)

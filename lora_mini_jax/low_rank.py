@@ -40,6 +40,9 @@ class Product(Method):
     def delta(self, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
         return through(x, [each.astype(x.dtype) for each in self.chain(factors)])
 
+    def joint(self, factors: Factors, n_in: int, n_out: int) -> Sequence[jax.Array] | None:
+        return self.chain(factors) if type(self).delta is Product.delta else None
+
     def rows(self, ids: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
         first, *rest = self.chain(factors)
         return through(first[ids], rest)

@@ -8,7 +8,7 @@ on each other) are hooks with defaults that do nothing.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -143,6 +143,11 @@ class Method(Settings, ABC):
 
     def thin(self, factors: Factors, n_in: int, n_out: int) -> tuple[jax.Array, jax.Array] | None:
         """The whole update as ``(in, r) @ (r, out)``, float32; None where it is no such product."""
+        return None
+
+    def joint(self, factors: Factors, n_in: int, n_out: int) -> Sequence[jax.Array] | None:
+        """The thin matrices by which `delta` multiplies in turn, where that is all it does: a
+        device may then multiply by them and by the kernel at once. As in `products.through`."""
         return None
 
     def from_data(self, kernel: jax.Array, seen: Factors) -> Factors:

@@ -40,13 +40,13 @@ def through(x: Array, chain: Sequence[Array]) -> Array:
         >>> through(jnp.ones((5, 4)), [jnp.ones((4, 2)), jnp.ones(2), jnp.ones((2, 3))])[0]
         Array([8., 8., 8.], dtype=float32)
     """
-    return reduce(_cheapest, _halves(chain), x)
+    return reduce(_cheapest, halves(chain), x)
 
 
 def _through_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     """The value, and its change with ``x`` and with the matrices that change."""
     (x, chain), (change, changes) = primals, tangents
-    cut = len(_halves(chain)[0])
+    cut = len(halves(chain)[0])
     for half in (slice(None, cut), slice(cut, None)):
         x, change = _half_jvp(x, change, chain[half], changes[half])
     return x, jnp.zeros_like(x) if _still(change) else change
@@ -74,7 +74,7 @@ def _still(change: Any) -> bool:
     return isinstance(change, SymbolicZero)
 
 
-def _halves(chain: Sequence[Array]) -> tuple[Sequence[Array], Sequence[Array]]:
+def halves(chain: Sequence[Array]) -> tuple[Sequence[Array], Sequence[Array]]:
     """The chain on either side of its narrowest place; a diagonal stays with what is before it."""
     widths = [each.shape[-1] for each in chain[:-1]]
     if not widths:
@@ -99,10 +99,12 @@ def _cheapest(x: Array, chain: Sequence[Array]) -> Array:
 def matmul(x: Array, narrow: Array, **how: Any) -> Array:
     """``x @ narrow`` for a matrix (or a batch) with fewer columns than rows.
 
-    Its gradient is formed as ``g^T x`` and turned round, not as ``x^T g``, for which XLA would turn
-    round the whole of ``x``; without the barrier it sees through that. ``how`` is as for
+    On CPUs its gradient is formed as ``g^T x`` and turned round, not as ``x^T g``, for which XLA
+    would turn round the whole of ``x``; without the barrier it sees through that. ``how`` is as for
     ``jnp.matmul``.
     """
+    if jax.default_backend() != "cpu":
+        return jnp.matmul(x, narrow, **how)
     turned = jax.lax.optimization_barrier(jnp.swapaxes(narrow, -1, -2))
     return jnp.matmul(x, jnp.swapaxes(turned, -1, -2), **how)
 

@@ -17,6 +17,7 @@ from lora_mini_jax.adapter import Adapter, draw
 from lora_mini_jax.flops import dot_flops
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import load_module
+from lora_mini_jax.nvidia import without_kernels
 from lora_mini_jax.options import Inspect
 from lora_mini_jax.plan import Site
 from lora_mini_jax.tasks.task import all_targets, sites_among
@@ -126,7 +127,8 @@ def adapter_flops(model: nn.Module, params: Any, adapter: Adapter, inputs: Any) 
     apply, tx = linen.adapt(model), optax.adam(1e-3)
     step = make_train_step(lambda p, a, batch, key: some_loss(apply(p, a, *batch)), tx)
     state = jax.eval_shape(lambda a: TrainState.create(a, tx), adapter)
-    return dot_flops(jax.make_jaxpr(step)(state, params, inputs))
+    with without_kernels():
+        return dot_flops(jax.make_jaxpr(step)(state, params, inputs))
 
 
 def full_flops(model: nn.Module, params: Any, inputs: Any) -> int:
@@ -135,7 +137,8 @@ def full_flops(model: nn.Module, params: Any, inputs: Any) -> int:
     def loss(p: Any, *given: Any) -> Any:
         return some_loss(model.apply({"params": p}, *given))
 
-    return dot_flops(jax.make_jaxpr(jax.grad(loss))(params, *inputs))
+    with without_kernels():
+        return dot_flops(jax.make_jaxpr(jax.grad(loss))(params, *inputs))
 
 
 def some_loss(outputs: Any) -> Any:

@@ -1,6 +1,6 @@
 """LoRA-Mini (arXiv 2411.15804): LoRA's two matrices split into four, the inner two trained."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,9 +106,12 @@ class LoRAMini(LowRank):
 
     def delta(self, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
         delta = super().delta
-        if self.outer != "float32":  # or the backward pass would keep what is drawn, or widened
+        if self.outer not in ("float32", x.dtype.name):  # or what is drawn or widened were kept
             delta = jax.checkpoint(delta, policy=jax.checkpoint_policies.dots_saveable)
         return delta(x, kernel, factors)
+
+    def joint(self, factors: Factors, n_in: int, n_out: int) -> Sequence[jax.Array] | None:
+        return None if self.outer == "recompute" else self.chain(factors)
 
     def n_trainable(self, n_in: int, n_out: int) -> int:
         return self.rank * (self.a + self.b)

@@ -97,6 +97,8 @@ class MiSS(Method):
         rows, d = jax.nn.one_hot(jnp.arange(n_in) % self.rank, self.rank), factors["D"]
         return None if self.mode == "bat" else (rows, jnp.tile(d, (1, n_out // d.shape[1])))
 
+    joint = thin
+
     def sized(self, size: int, n_in: int, n_out: int) -> Method:
         return replace(self, rank=min(size, n_in))
 
@@ -117,9 +119,7 @@ class MiSS(Method):
 
 def _blocksum(x: jax.Array, rank: int) -> jax.Array:
     """``(..., in)`` to ``(..., rank)``: the sums of every ``rank``-th entry, added in float32."""
-    short = -x.shape[-1] % rank
-    if short:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)])
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % rank)])
     shards = x.reshape(*x.shape[:-1], -1, rank)
     return shards.sum(-2, dtype=jnp.float32).astype(x.dtype)
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_mini_jax.models.fused_attention import fused
 from lora_mini_jax.products import matmul
 
 Array = jax.Array
@@ -22,11 +23,13 @@ def attend(
     scale: float | None = None,
     bias: Array | None = None,
     softcap: float | None = None,
+    causal: bool = False,
 ) -> Array:
     """Softmax attention; with fewer key than query heads each serves a group of neighbours.
 
     The weights of long rows, heads x time x keys, would take more memory than all else: they are
-    made for `AT_ONCE` queries at a time, and made again for the backward pass.
+    made for `AT_ONCE` queries at a time, and made again for the backward pass. On NVIDIA GPUs, in a
+    narrow dtype, they are never in memory: see `fused_attention`.
 
     Args:
         q: (batch, time, heads, head_dim).
@@ -35,6 +38,8 @@ def attend(
         scale: of the logits; None is ``head_dim ** -0.5``.
         bias: (batch or 1, heads, time, keys), added to the logits; None is none.
         softcap: logits become ``softcap * tanh(logits / softcap)``, as Gemma 2's; None is no cap.
+        causal: whether the mask shows no query a later key than itself, so that those need not be
+            looked at.
 
     Returns:
         (batch, time, heads, head_dim) of ``q``'s dtype; the softmax is float32.
@@ -46,6 +51,10 @@ def attend(
     """
     time, keys = q.shape[1], k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if bias is None and softcap is None:
+        out = fused(q, k, v, mask, causal or mask is None, scale)
+        if out is not None:
+            return out
     if time <= 2 * AT_ONCE:
         mask = jnp.tril(jnp.ones((1, 1, time, keys), bool)) if mask is None else mask
         return _attend(q, k, v, mask, bias, scale, softcap)

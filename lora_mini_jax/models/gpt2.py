@@ -38,7 +38,8 @@ class Attention(Part):
         if kv is not None:
             kv = written(kv, k, v, start)
             k, v = (stored.astype(q.dtype) for stored in kv)
-        out = attend(q, k, v, mask, scale=None if c.scale_attn_weights else 1.0)
+        scale = None if c.scale_attn_weights else 1.0
+        out = attend(q, k, v, mask, scale=scale, causal=kv is None)
         return self.linear("c_proj", c.n_embd)(out.reshape(x.shape)), kv
 
 

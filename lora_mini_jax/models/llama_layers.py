@@ -64,7 +64,8 @@ class Attention(Part):
             kv = written(kv, k, v, start)
             k, v = (stored.astype(q.dtype) for stored in kv)
         scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
-        out = attend(q, k, v, mask, scale=scale, softcap=c.attn_logit_softcapping)
+        cap = c.attn_logit_softcapping
+        out = attend(q, k, v, mask, scale=scale, softcap=cap, causal=kv is None)
         out = out.reshape(*x.shape[:2], -1)
         return self.dense("o_proj", c.hidden_size, c.attention_bias)(out), kv
 
