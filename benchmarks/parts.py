@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import tyro
 
 from benchmarks.machine import about
-from lora_mini_jax import nvidia
+from lora_mini_jax import hardware
 from lora_mini_jax.files import write_json
 from lora_mini_jax.hopper import product_plus_thin
 from lora_mini_jax.models.attention import attend, causal_masks
@@ -112,7 +112,7 @@ def attentions(rows: int, length: int, heads: int, width: int) -> Iterator[Part]
         return run
 
     def plain(*given: Any) -> Any:
-        with nvidia.without_kernels():
+        with hardware.without_kernels():
             return attend(*given)
 
     def cudnn(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
@@ -141,7 +141,7 @@ def products(rows: int, depth: int, columns: int, ranks: Sequence[int]) -> Itera
 
 def in_one(*given: jax.Array, turned: bool) -> jax.Array:
     """By the kernel, on this device."""
-    return product_plus_thin(*given, turned=turned, blocks=nvidia.multiprocessors())
+    return product_plus_thin(*given, turned=turned, blocks=hardware.multiprocessors())
 
 
 if __name__ == "__main__":

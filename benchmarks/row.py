@@ -13,7 +13,7 @@ import optax
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.flops import dot_flops
-from lora_mini_jax.nvidia import without_kernels
+from lora_mini_jax.hardware import without_kernels
 
 COLUMNS: dict[str, tuple[str, float, str]] = {
     "step_ms": ("step ms", 1, ".1f"), "step_ms_q1": ("q1", 1, ".1f"),

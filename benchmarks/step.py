@@ -36,7 +36,7 @@ from benchmarks.picture import picture
 from benchmarks.rivals import Make, rivals
 from benchmarks.row import Options, Row, compiled, loss, markdown, summary, table
 from benchmarks.saving import saving
-from lora_mini_jax import nvidia
+from lora_mini_jax import hardware
 from lora_mini_jax.files import write_json, write_text
 from lora_mini_jax.methods import from_spec
 
@@ -127,7 +127,7 @@ def build(options: Options, model: Any, params: Any, tokens: jax.Array) -> dict[
     methods: dict[str, lmj.Method] = {"lora-mini": mini, "lora": lmj.LoRA(options.rank)}
     methods |= {spec: from_spec(spec) for spec in options.methods}
     found: dict[str, Make] = {n: partial(adapted, n, method) for n, method in methods.items()}
-    if nvidia.capability() == 9.0:
+    if hardware.capability() == 9.0:
         for name in ("lora-mini", "lora"):
             again = partial(adapted, f"{name} joint", methods[name])
             found[f"{name} joint"] = partial(joined, again)
@@ -141,7 +141,7 @@ def build(options: Options, model: Any, params: Any, tokens: jax.Array) -> dict[
 
 def joined(make: Make) -> Any:
     """A row that multiplies by every kernel and its adapter in one product."""
-    with mock.patch.dict(os.environ, {nvidia.JOINT: "1"}):
+    with mock.patch.dict(os.environ, {hardware.JOINT: "1"}):
         return make()
 
 

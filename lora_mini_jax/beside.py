@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from lora_mini_jax.adapter import Adapter, as_key
 from lora_mini_jax.draws import fold_path, split_key
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.hardware import takes_joint_products
 from lora_mini_jax.joint import multiplied
-from lora_mini_jax.nvidia import takes_joint_products
 from lora_mini_jax.plan import Site
 from lora_mini_jax.selection import listing
 from lora_mini_jax.tree import check_fit, dense, flatten, over_lead, unflatten

@@ -14,6 +14,8 @@ _CALLED = re.compile(
     r"(body|condition|calls|to_apply|branch_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)"
 )
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_LIMIT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_CHANNEL = re.compile(r"channel_id=\d+")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Collective:
 def collectives(compiled: Any) -> list[Collective]:
     """The exchanges of ``jax.jit(...).lower(...).compile()``, in the program's order.
 
-    A loop whose turns XLA does not know, which no scan is, counts as one turn.
+    A loop whose turns are not in the program, which no scan is, counts as one turn. What is said of
+    an exchange more than once, where it starts and where it is waited for, counts once.
 
     Example:
         >>> import jax
@@ -44,9 +47,15 @@ def collectives(compiled: Any) -> list[Collective]:
         []
     """
     parts = _computations(re.sub(r"/\*.*?\*/", "", compiled.as_text()))
-    times = _times(parts)
-    return [_collective(found, times[name]) for name, lines in parts.items() for line in lines
-            if (found := _EXCHANGE.search(line))]  # fmt: skip
+    times, known, exchanges = _times(parts), set(), []
+    for name, line in ((name, line) for name, lines in parts.items() for line in lines):
+        found, channel = _EXCHANGE.search(line), _CHANNEL.search(line)
+        if not found or (channel and (found["kind"], channel[0]) in known):
+            continue
+        if channel:
+            known.add((found["kind"], channel[0]))
+        exchanges.append(_collective(found, times[name]))
+    return exchanges
 
 
 def _computations(text: str) -> dict[str, list[str]]:
@@ -67,12 +76,24 @@ def _times(parts: dict[str, list[str]]) -> Counter:
     times[names[-1]] = 1
     for name in reversed(names):
         for line in parts[name]:
-            turns = _TURNS.search(line)
+            turns = _turns(line, parts) if " while(" in line else 1
             for how, called in _CALLED.findall(line):
-                each = int(turns[1]) if turns and how == "body" else 1
+                each = turns if how == "body" else 1
                 for callee in called.replace("%", "").split(", "):
                     times[callee] += each * times[name]
     return times
+
+
+def _turns(loop: str, parts: dict[str, list[str]]) -> int:
+    """How often a loop runs: as XLA says, or up to the one number that its condition compares with,
+    as XLA for TPUs leaves it."""
+    if known := _TURNS.search(loop):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop)
+    lines = parts.get(condition[1], []) if condition else []
+    limits = [limit[1] for line in lines if (limit := _LIMIT.search(line))]
+    counts = any("direction=LT" in line for line in lines)
+    return int(limits[0]) if counts and len(limits) == 1 else 1
 
 
 def _collective(found: re.Match, times: int) -> Collective:

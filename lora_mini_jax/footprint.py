@@ -17,6 +17,7 @@ from lora_mini_jax.adapter import draw
 from lora_mini_jax.collectives import collectives
 from lora_mini_jax.flops import dot_flops
 from lora_mini_jax.gradient import LossFn
+from lora_mini_jax.hardware import compiling_for
 from lora_mini_jax.plan import Site
 from lora_mini_jax.train import TrainState, make_train_step
 from lora_mini_jax.tree import Target
@@ -89,7 +90,8 @@ def footprint(
     state = placed(state, _of_state(mesh, state, tx, rules))
     batch = placed(batch, jax.tree.map(lambda _: sharding.of_batch(mesh), batch))
     step = make_train_step(loss_fn, tx, has_aux=has_aux, parts=parts, like=state)
-    traced = step.trace(state, params, batch)
+    with compiling_for(mesh.devices.flat[0]):
+        traced = step.trace(state, params, batch)
     compiled = traced.lower().compile(AS_ON_ACCELERATORS if _on_cpu(mesh) else None)
     exchanged: Counter = Counter()
     for each in collectives(compiled):

@@ -3,7 +3,7 @@ it: the output is written once, and so is the gradient in ``x``.
 
 Value and gradients are those of ``x @ W + through(x, chain)``. `multiplied` says in None where that
 is what has to be computed: on any device but a Hopper GPU, in float32, for shapes that do not fill
-the kernel's tiles, and unless it was asked for (`nvidia.takes_joint_products`).
+the kernel's tiles, and unless it was asked for (`hardware.takes_joint_products`).
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
+from lora_mini_jax.hardware import multiprocessors, takes_joint_products
 from lora_mini_jax.hopper import fits, product_plus_thin, wide
-from lora_mini_jax.nvidia import multiprocessors, takes_joint_products
 from lora_mini_jax.products import halves, through
 
 Array = jax.Array

@@ -26,7 +26,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_mini_jax import beside, nvidia
+from lora_mini_jax import beside, hardware
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.tree import Target, flatten, traced
@@ -188,7 +188,7 @@ def adapt(
             return y + beside.delta(sites[path], view, kernel, own, y.dtype, before)
 
         joined = beside.marked(*beside.prepared(params, adapter, dropout_key))
-        with nvidia.on_mesh(rows), nn.intercept_methods(interceptor):
+        with hardware.on_mesh(rows), nn.intercept_methods(interceptor):
             out = model.apply({**(variables or {}), "params": joined}, *inputs, **kwargs)
         if whole:
             beside.check_used(sites, used)

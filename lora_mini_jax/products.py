@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from lora_mini_jax.hardware import device
+
 Array = jax.Array
 
 
@@ -103,7 +105,7 @@ def matmul(x: Array, narrow: Array, **how: Any) -> Array:
     would turn round the whole of ``x``; without the barrier it sees through that. ``how`` is as for
     ``jnp.matmul``.
     """
-    if jax.default_backend() != "cpu":
+    if device().platform != "cpu":
         return jnp.matmul(x, narrow, **how)
     turned = jax.lax.optimization_barrier(jnp.swapaxes(narrow, -1, -2))
     return jnp.matmul(x, jnp.swapaxes(turned, -1, -2), **how)

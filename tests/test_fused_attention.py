@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lora_mini_jax import nvidia
+from lora_mini_jax import hardware
 from lora_mini_jax.flops import dot_flops
 from lora_mini_jax.models import Llama, LlamaConfig
 from lora_mini_jax.models.attention import attend, causal_masks, init_cache
+from tests.gpus import pretend
 
 ROWS, TIME, HEADS, WIDTH = 2, 12, 4, 8
 SEGMENTS = jnp.asarray([[1] * 7 + [2] * 5, [1] * 9 + [0] * 3])
@@ -32,7 +33,7 @@ def calls(monkeypatch) -> Calls:
         assert how["implementation"] == "cudnn"
         return plain(*args, **{**how, "implementation": "xla"})
 
-    monkeypatch.setattr(nvidia, "_capability", lambda: 9.0)
+    pretend(monkeypatch, "9.0")
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
     return seen
 
@@ -65,7 +66,7 @@ def test_values_and_gradients_are_those_of_plain_attention(how: dict[str, Any], 
 
     got = both(*drawn())
     assert [call["is_causal"] for call in calls] == [how.get("causal", "mask" not in how)]
-    with nvidia.without_kernels():
+    with hardware.without_kernels():
         want = both(*drawn())
     assert len(calls) == 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(
@@ -85,7 +86,7 @@ def test_what_the_kernel_cannot_do_is_done_without_it(calls: Calls, monkeypatch)
     ]
     for given, how in cases:
         attend(*given, **how)
-    monkeypatch.setattr(nvidia, "_capability", lambda: 7.5)
+    pretend(monkeypatch, "7.5")
     attend(*drawn())
     assert not calls
 
@@ -93,10 +94,10 @@ def test_what_the_kernel_cannot_do_is_done_without_it(calls: Calls, monkeypatch)
 def test_no_head_is_split_over_devices(calls: Calls):
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor"))
     for axes, joined in ((("data",), 0), (("data", "tensor"), 1)):
-        with nvidia.on_mesh(NamedSharding(mesh, PartitionSpec(axes))):
+        with hardware.on_mesh(NamedSharding(mesh, PartitionSpec(axes))):
             attend(*drawn())
         assert len(calls) == joined
-    assert nvidia.ways() == 1
+    assert hardware.ways() == 1
 
 
 def test_training_looks_at_no_later_key_and_writing_at_the_cache(calls: Calls):
@@ -113,6 +114,6 @@ def test_training_looks_at_no_later_key_and_writing_at_the_cache(calls: Calls):
 
 def test_products_are_counted_as_on_any_device(calls: Calls):
     count = lambda: dot_flops(jax.make_jaxpr(attend)(*drawn()).jaxpr)  # noqa: E731
-    with nvidia.without_kernels():
+    with hardware.without_kernels():
         assert count() == 2 * 2 * ROWS * HEADS * TIME * TIME * WIDTH
     assert not calls

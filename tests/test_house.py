@@ -11,9 +11,9 @@ from tests.check_pins import disagreements
 PACKAGE = Path(lora_mini_jax.__file__).parent
 # Lower layers first; a file may import those before it. Anything not listed is above them all.
 LAYERS = ("errors", "checks", "spec", "files", "processes", "tree", "sketch", "selection",
-          "layers", "nvidia", "products", "hopper", "joint", "decompositions", "settings", "draws",
-          "method", "low_rank", "outer", "methods", "plan", "adapter", "transform", "optim",
-          "moves", "gradient", "train")  # fmt: skip
+          "layers", "hardware", "products", "hopper", "joint", "decompositions", "settings",
+          "draws", "method", "low_rank", "outer", "methods", "plan", "adapter", "transform",
+          "optim", "moves", "gradient", "train")  # fmt: skip
 HEAVY = {"flax", "orbax", "transformers", "datasets", "tyro", "matplotlib", "tokenizers"}
 
 

@@ -12,10 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_mini_jax import Adapter, LoRA, LoRAMini, beside, hopper, init, joint, linen, select
+from lora_mini_jax import (
+    Adapter,
+    LoRA,
+    LoRAMini,
+    beside,
+    hardware,
+    hopper,
+    init,
+    joint,
+    linen,
+    select,
+)
 from lora_mini_jax.methods import DoRA, LoRAXS, MiSS, VeRA
 from lora_mini_jax.models import Llama, LlamaConfig
 from lora_mini_jax.products import through
+from tests.gpus import pretend
 from tests.test_products import CHAINS, IN, OUT, T, drawn
 
 METHODS = [LoRA(4), LoRAMini(4, a=8, b=8), LoRAMini(4, a=8, b=8, outer="bfloat16"), MiSS(4),
@@ -151,17 +163,15 @@ def test_a_layer_s_own_product_and_a_subclass_are_respected(calls: Any):
 
 
 def test_it_has_to_be_asked_for(monkeypatch):
-    from lora_mini_jax import nvidia
-
-    monkeypatch.setattr(nvidia, "_capability", lambda: 9.0)
+    pretend(monkeypatch, "9.0")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert not nvidia.takes_joint_products()
-    monkeypatch.setenv(nvidia.JOINT, "1")
-    assert nvidia.takes_joint_products()
-    with nvidia.without_kernels():
-        assert not nvidia.takes_joint_products()
+    assert not hardware.takes_joint_products()
+    monkeypatch.setenv(hardware.JOINT, "1")
+    assert hardware.takes_joint_products()
+    with hardware.without_kernels():
+        assert not hardware.takes_joint_products()
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    assert not nvidia.takes_joint_products()
+    assert not hardware.takes_joint_products()
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    monkeypatch.setattr(nvidia, "_capability", lambda: 10.0)
-    assert not nvidia.takes_joint_products()
+    pretend(monkeypatch, "10.0")
+    assert not hardware.takes_joint_products()

@@ -1,15 +1,14 @@
 """The plan command: what a fine-tuning step would take, on devices that need not be there."""
 
 import json
-import math
-import os
-import re
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
 import jax
 
 from lora_mini_jax import sharding
+from lora_mini_jax.absent import simulated, slice_of, uncached
 from lora_mini_jax.data import Batches
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.footprint import Footprint, footprint, placed
@@ -37,13 +36,14 @@ def plan_step(options: PlanStep) -> Report:
     Deep models compile in a minute with ``scan_layers``, and without it layer by layer.
 
     Raises:
-        UserError: what `abstract_task` raises, a mesh that the batch cannot be split over, or a
-            quantised base on one.
+        UserError: what `abstract_task` and `slice_of` raise, a mesh that the batch cannot be split
+            over, a quantised base on one, or a TPU that has not the memory.
     """
     if options.quantize and options.mesh:
         raise UserError("a plan of a quantised base is for one device: leave --mesh out, or plan "
                         "the dense base without --quantize")  # fmt: skip
-    mesh = sharding.make_mesh(options.mesh or sharding.ROWS_ALONE, _simulated(options.mesh))
+    devices = slice_of(options.tpu, options.mesh) if options.tpu else simulated(options.mesh)
+    mesh = sharding.make_mesh(options.mesh or sharding.ROWS_ALONE, devices)
     sharding.check_rows(mesh, options.batch_size // options.accumulate)
     task = abstract_task(options)
     kernels, _ = all_targets(task.model)
@@ -53,12 +53,14 @@ def plan_step(options: PlanStep) -> Report:
     sites = of_length(task.sites, STEPS, options.parsed_settings())
     tx = optimizer(options, STEPS, sites, options.lora_plus_ratio)
     what = task.loss, tx, sites, kernels, task.params, _batch(task.train), mesh
-    found = footprint(*what, has_aux=True, parts=options.accumulate)
+    with uncached() if options.tpu else nullcontext():
+        found = footprint(*what, has_aux=True, parts=options.accumulate)
     return {
         "model": options.model,
         "methods": [m.to_dict() for m in dict.fromkeys(site.method for site in sites)],
         "mesh": dict(mesh.shape),
         "devices": mesh.size,
+        "compiled_for": devices[0].device_kind,
         "rows": options.batch_size,
         "length": options.max_length,
         "dtype": options.dtype,
@@ -82,7 +84,7 @@ def text(report: Report) -> str:
         f"batch        {report['rows']} x {report['length']} tokens, {report['dtype']}"
         f", remat {report['remat']}"
         f"{', scanned layers' if report['scan_layers'] else ''}",
-        f"devices      {report['devices']} ({sizes})",
+        f"devices      {report['devices']} ({sizes}), compiled for {report['compiled_for']}",
         f"products     {report['gflop']:,.1f} GFLOP a step, on all devices together",
         "",
         "on each device" + " " * 10 + "MiB",
@@ -105,26 +107,3 @@ def _memory(found: Footprint) -> dict[str, int]:
 def _batch(data: Batches) -> dict[str, jax.ShapeDtypeStruct]:
     kinds = vars(data.packed)
     return {n: jax.ShapeDtypeStruct(shape, kinds[n].dtype) for n, shape in data.shapes.items()}
-
-
-def _simulated(mesh: str) -> list[jax.Device]:
-    """As many CPU devices as the mesh has places.
-
-    Raises:
-        UserError: a size that is left open, or JAX has started with fewer.
-    """
-    sizes = [int(size) for size in re.findall(r"=\s*(-?\d+)", mesh)]
-    if any(size < 1 for size in sizes):
-        raise UserError(f"mesh {mesh!r}: for a plan give every size, for there are no devices")
-    wanted = math.prod(sizes)
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={wanted}"
-    devices = jax.devices("cpu")
-    if len(devices) < wanted:
-        raise UserError(
-            f"mesh {mesh!r} has {wanted} places, but JAX has started with {len(devices)} CPU "
-            "devices: plan before anything else uses JAX, or set XLA_FLAGS="
-            f"--xla_force_host_platform_device_count={wanted}"
-        )
-    return devices[:wanted]

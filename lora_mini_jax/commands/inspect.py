@@ -15,9 +15,9 @@ import optax
 from lora_mini_jax import linen
 from lora_mini_jax.adapter import Adapter, draw
 from lora_mini_jax.flops import dot_flops
+from lora_mini_jax.hardware import without_kernels
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import load_module
-from lora_mini_jax.nvidia import without_kernels
 from lora_mini_jax.options import Inspect
 from lora_mini_jax.plan import Site
 from lora_mini_jax.tasks.task import all_targets, sites_among

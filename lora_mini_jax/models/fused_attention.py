@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.nvidia import capability, ways
+from lora_mini_jax.hardware import capability, ways
 
 Array = jax.Array
 WIDEST = 128

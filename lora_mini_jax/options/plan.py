@@ -9,8 +9,12 @@ from lora_mini_jax.options.finetune import Finetune
 class PlanStep(Finetune):
     """Say what a training step would take on every device: bytes, FLOPs, what devices exchange.
 
-    Takes the options of finetune; reads config.json only, and needs none of the devices.
+    Takes the options of finetune; reads config.json only, and needs none of the devices. Compiles
+    for CPUs, or with --tpu for a TPU slice.
     """
 
+    tpu: str = ""
+    """Compile for this TPU slice, such as v5e:4x4, by its own compiler: memory is then what that
+    says, and a step that does not fit is an error. Needs libtpu, and no TPU."""
     json: bool = False
     """Print JSON instead of a table."""
