@@ -22,7 +22,7 @@ def fused(
 
     Args:
         q, k, v: (batch, time, heads, width) and (batch, keys, kv_heads, width).
-        mask: (batch or 1, 1, time, keys) bool, or None.
+        mask: (batch or 1, 1, time or 1, keys) bool, or None.
         causal: whether no query sees a later key, with a mask or without.
         scale: of the logits.
     """
@@ -32,5 +32,7 @@ def fused(
     whole = k.shape[2] % ways() == 0
     if not (narrow and even and whole) or capability() < 8 or (causal and time != keys):
         return None
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], time, keys))
     how: dict[str, Any] = {"is_causal": causal, "scale": scale, "implementation": "cudnn"}
     return jax.nn.dot_product_attention(q, k, v, mask=mask, **how)
