@@ -16,8 +16,11 @@ _ways = ContextVar("ways", default=1)
 
 
 def device() -> jax.Device:
-    """JAX's first, or the one that `compiling_for` names."""
-    return _absent.get() or jax.devices()[0]
+    """JAX's default, or the one that `compiling_for` names."""
+    chosen = _absent.get() or getattr(jax.config, "jax_default_device")  # noqa: B009, no stub has it
+    if isinstance(chosen, str):
+        chosen = jax.devices(chosen)[0]
+    return chosen or jax.local_devices()[0]
 
 
 def capability() -> float:

@@ -99,6 +99,15 @@ def test_what_the_kernel_cannot_do_is_done_without_it(calls: Calls, monkeypatch)
     assert not calls
 
 
+def test_it_is_for_the_device_that_programs_are_made_for():
+    assert hardware.device() == jax.devices()[0]
+    other = jax.devices()[1]
+    with jax.default_device(other):
+        assert hardware.device() == other
+    with hardware.compiling_for(other):
+        assert hardware.device() == other
+
+
 def test_no_head_is_split_over_devices(calls: Calls):
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor"))
     for axes, joined in ((("data",), 0), (("data", "tensor"), 1)):
