@@ -22,7 +22,7 @@ ROWS, COLUMNS, DEPTH = 128, 128, 64
 MULTIPLIERS = 2
 RANKS = (16, 32, 64)
 """How wide ``h`` may be; the least is what the tensor cores take."""
-SHORE = 32
+WRITTEN = 32
 """Columns of the output that are written at a time."""
 _SNAKE = 8
 """Tiles side by side that are taken before the next row of them, so that they find their inputs in
@@ -131,11 +131,11 @@ def _kernel(x: Any, w: Any, h: Any, b: Any, out: Any, *, turned: bool) -> None:
         buffers=pipeline(nothing, nothing).get_allocations(x, w),
         h_tile=plgpu.SMEM((MULTIPLIERS, ROWS, rank), dtype, transforms=_swizzled(rank)),
         b_tile=plgpu.SMEM((MULTIPLIERS, *right(COLUMNS, rank)), dtype, transforms=_swizzled(rank)),
-        shore=plgpu.SMEM((MULTIPLIERS, 2, DEPTH, SHORE), dtype, transforms=_swizzled(SHORE)),
+        written=plgpu.SMEM((MULTIPLIERS, 2, DEPTH, WRITTEN), dtype, transforms=_swizzled(WRITTEN)),
         arrived=plgpu.Barrier(num_arrivals=2, num_barriers=MULTIPLIERS),
         collective_axes="warpgroup",
     )
-    def _(buffers: Any, h_tile: Any, b_tile: Any, shore: Any, arrived: Any) -> None:
+    def _(buffers: Any, h_tile: Any, b_tile: Any, written: Any, arrived: Any) -> None:
         me = jax.lax.axis_index("warpgroup")
 
         @plgpu.nd_loop((math.prod(tiles),), collective_axes="block")
@@ -156,13 +156,13 @@ def _kernel(x: Any, w: Any, h: Any, b: Any, out: Any, *, turned: bool) -> None:
 
             def store(values: Any, to: Any) -> None:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                pieces = [(i, j) for i in range(0, ROWS, DEPTH) for j in range(0, COLUMNS, SHORE)]
+                pieces = [(i, j) for i in range(0, ROWS, DEPTH) for j in range(0, COLUMNS, WRITTEN)]
                 for turn, (i, j) in enumerate(pieces):
-                    piece, slot = (slice(i, i + DEPTH), slice(j, j + SHORE)), turn % 2
+                    piece, slot = (slice(i, i + DEPTH), slice(j, j + WRITTEN)), turn % 2
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    shore[me, slot] = values[piece]
+                    written[me, slot] = values[piece]
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(shore.at[me, slot], to.at[piece])
+                    plgpu.copy_smem_to_gmem(written.at[me, slot], to.at[piece])
 
             def step(_: Any, x_tile: Any, w_tile: Any, acc: Any) -> Any:
                 multiply(acc, x_tile, part(w_tile, own))
