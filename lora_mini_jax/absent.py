@@ -40,12 +40,12 @@ def simulated(mesh: str) -> list[jax.Device]:
 
 
 def slice_of(topology: str, mesh: str) -> Sequence[jax.Device]:
-    """The chips of a TPU slice that the mesh has places for, all of them where a size is left open.
-    Programs for them can be compiled, by libtpu, and not be run.
+    """The chips of a TPU slice, or one where the mesh has one place. Programs for them can be
+    compiled, by libtpu, and not be run.
 
     Args:
         topology: a generation and the slice's shape, as libtpu has them: ``"v5e:4x4"``.
-        mesh: as for `sharding.make_mesh`; empty is one chip.
+        mesh: as for `sharding.make_mesh`; empty has one place. A part of a slice has no mesh.
 
     Raises:
         UserError: no libtpu, or a topology that it does not know.
@@ -67,20 +67,23 @@ def slice_of(topology: str, mesh: str) -> Sequence[jax.Device]:
             f"TPU {topology!r}: {reason.rstrip('.')}. Give a generation and a shape of whole "
             "hosts, such as v5e:2x2, v5e:4x4, v6e:4x4, v5p:2x2x1"
         ) from None
-    sizes = _sizes(mesh)
-    return devices if any(size < 1 for size in sizes) else devices[: math.prod(sizes)]
+    return devices[:1] if math.prod(_sizes(mesh)) == 1 else devices
 
 
 @contextmanager
 def uncached() -> Generator[None]:
     """Compile without JAX's cache on disk: what is for an absent device cannot be read back."""
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
     name = "jax_enable_compilation_cache"
     before = getattr(jax.config, name)
     jax.config.update(name, False)
+    reset_cache()  # JAX asks the setting once
     try:
         yield
     finally:
         jax.config.update(name, before)
+        reset_cache()
 
 
 def _sizes(mesh: str) -> list[int]:

@@ -72,6 +72,14 @@ def test_what_does_not_fit_is_said_in_a_line(capsys: pytest.CaptureFixture[str])
     assert re.search("not enough memory .*15.75G", said[-1])
 
 
+def test_a_mesh_is_of_one_chip_or_of_all(tmp_path: Path):
+    for mesh, chips in {"": 1, "data=1": 1, "data=-1": 16}.items():
+        assert len(absent.slice_of("v5e:4x4", mesh)) == chips
+    for mesh in ("fsdp=4", "fsdp=3", "data=32"):
+        with pytest.raises(UserError, match=f"mesh '{mesh}' is not for the 16 devices"):
+            plan_step(given(tmp_path, tpu="v5e:4x4", mesh=mesh))
+
+
 def test_a_topology_that_is_none_and_a_missing_compiler_are_errors():
     for topology in ("v5e:3x3", "h200"):
         with pytest.raises(UserError, match=rf"TPU '{topology}': .*such as v5e:2x2"):
