@@ -9,7 +9,6 @@ kernel of ours (Hopper GPUs), each also as the gradient in ``x``. A part that th
 is named with its error. Some three minutes on an H200.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,8 @@ import jax.numpy as jnp
 import tyro
 
 from benchmarks.machine import about
+from benchmarks.profile import recorded
+from benchmarks.row import failure
 from lora_mini_jax import hardware
 from lora_mini_jax.files import write_json
 from lora_mini_jax.hopper import product_plus_thin
@@ -70,7 +71,7 @@ def measured(kind: str, shape: Sequence[int], part: Part) -> dict[str, Any]:
     try:
         row |= {"us": round(microseconds(jax.jit(function), given), 1)}
     except Exception as error:  # the others go on
-        row["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        row["error"] = failure(error)
     print(row)
     return row
 
@@ -78,15 +79,10 @@ def measured(kind: str, shape: Sequence[int], part: Part) -> dict[str, Any]:
 def microseconds(call: Callable[..., Any], given: tuple[Any, ...]) -> float:
     """Of the GPU's kernels in one call, the mean of some."""
     jax.block_until_ready(call(*given))
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            out = [call(*given) for _ in range(ROUNDS)]
-            jax.block_until_ready(out)
-        (file,) = Path(folder).rglob("*.xplane.pb")
-        data = jax.profiler.ProfileData.from_file(str(file))
-        planes = [plane for plane in data.planes if plane.name.startswith("/device:GPU")]
-        streams = (line for plane in planes for line in plane.lines if "Stream" in line.name)
-        spent = sum(event.duration_ns for line in streams for event in line.events)
+    data = recorded(lambda: jax.block_until_ready([call(*given) for _ in range(ROUNDS)]))
+    planes = [plane for plane in data.planes if plane.name.startswith("/device:GPU")]
+    streams = (line for plane in planes for line in plane.lines if "Stream" in line.name)
+    spent = sum(event.duration_ns for line in streams for event in line.events)
     if not planes:
         raise RuntimeError("the profiler saw no GPU")
     return spent / 1e3 / ROUNDS

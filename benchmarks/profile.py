@@ -85,15 +85,21 @@ def _summary(turns: Sequence[Sequence[Found]]) -> dict[str, dict[str, float]]:
 def jax_profile(row: Row, step: Callable[[], None]) -> Iterator[Found]:
     """The operations of a compiled step."""
     known = operations(row.program.as_text())
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            step()
-        (file,) = Path(folder).rglob("*.xplane.pb")
-        data = jax.profiler.ProfileData.from_file(str(file))
-    for event in (e for plane in data.planes for line in plane.lines for e in line.events):
+    for event in (
+        e for plane in recorded(step).planes for line in plane.lines for e in line.events
+    ):
         sort, gflop = known.get(dict(event.stats).get("hlo_op"), ("", 0))
         if sort:
             yield sort, event.duration_ns / 1e6, gflop
+
+
+def recorded(run: Callable[[], Any]) -> Any:
+    """What JAX's profiler saw of a call, which has to wait for its results."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        return jax.profiler.ProfileData.from_file(str(file))
 
 
 def operations(text: str) -> dict[str | None, tuple[str, float]]:

@@ -13,7 +13,7 @@ import optax
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.flops import dot_flops
-from lora_mini_jax.hardware import without_kernels
+from lora_mini_jax.hardware import capability, without_kernels
 
 COLUMNS: dict[str, tuple[str, float, str]] = {
     "step_ms": ("step ms", 1, ".1f"), "step_ms_q1": ("q1", 1, ".1f"),
@@ -97,10 +97,12 @@ def loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 def compiled(name: str, step: Any, args: tuple, trained: Any = (), moments: Any = ()) -> Row:
     """The row of a jitted step: compiled ahead, with what can be known before it runs."""
     started = time.perf_counter()
-    program = step.trace(*args).lower().compile()
-    seconds = time.perf_counter() - started
-    with without_kernels():  # whose products are not in the traced program, but of the same number
-        products = jax.make_jaxpr(step.__wrapped__)(*args)
+    traced = step.trace(*args)
+    program = traced.lower().compile()
+    seconds, products = time.perf_counter() - started, traced.jaxpr
+    if capability():  # its kernels hide their products
+        with without_kernels():
+            products = jax.make_jaxpr(step.__wrapped__)(*args)
     memory: Any = program.memory_analysis()
     outside = memory.argument_size_in_bytes + memory.output_size_in_bytes
     facts = {
@@ -113,6 +115,12 @@ def compiled(name: str, step: Any, args: tuple, trained: Any = (), moments: Any 
         "compile_s": seconds,
     }
     return Row(name, program, args[0], facts)
+
+
+def failure(error: Exception) -> str:
+    """An error in a line."""
+    reason = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {reason[0][:200]}"
 
 
 def kinds(tree: Any) -> str:

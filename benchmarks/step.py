@@ -34,7 +34,7 @@ from benchmarks.llama import drawn
 from benchmarks.machine import about, device, page_faults
 from benchmarks.picture import picture
 from benchmarks.rivals import Make, rivals
-from benchmarks.row import Options, Row, compiled, loss, markdown, summary, table
+from benchmarks.row import Options, Row, compiled, failure, loss, markdown, summary, table
 from benchmarks.saving import saving
 from lora_mini_jax import hardware
 from lora_mini_jax.files import write_json, write_text
@@ -92,8 +92,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
         except Exception as error:
             if name in ours and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            reason = str(error).strip().splitlines() or [""]
-            failed.append({"name": name, "error": f"{type(error).__name__}: {reason[0][:200]}"})
+            failed.append({"name": name, "error": failure(error)})
     faults: dict[str, list[int]] = {row.name: [] for row in rows}
     for turn in tqdm(range(options.rounds), "measure", unit="round"):
         # Another order each round, so that no row always finds the cache that the same one left.

@@ -20,6 +20,8 @@ Array = jax.Array
 ROWS, COLUMNS, DEPTH = 128, 128, 64
 """Of the output, a warpgroup's share of a tile; and how much of the depth is copied at a time."""
 MULTIPLIERS = 2
+TILE = MULTIPLIERS * COLUMNS
+"""Columns of the output that a block of threads makes at a time."""
 RANKS = (16, 32, 64)
 """How wide ``h`` may be; the least is what the tensor cores take."""
 WRITTEN = 32
@@ -32,8 +34,7 @@ the cache."""
 def fits(rows: int, depth: int, columns: int, rank: int, dtype: Any) -> bool:
     """Whether ``x (rows, depth) @ W (depth, columns) + h (rows, rank) @ B`` can be one product, and
     its derivative in ``x`` too."""
-    tile = MULTIPLIERS * COLUMNS
-    whole = rows % ROWS == depth % tile == columns % tile == 0
+    whole = rows % ROWS == depth % TILE == columns % TILE == 0
     return whole and rank <= RANKS[-1] and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
 
@@ -91,9 +92,9 @@ def _kernel(x: Any, w: Any, h: Any, b: Any, out: Any, *, turned: bool) -> None:
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
     (rows, depth), columns, rank, dtype = x.shape, out.shape[1], h.shape[1], x.dtype
-    wide = MULTIPLIERS * COLUMNS
-    tiles = rows // ROWS, columns // wide
-    own = pl.ds(jax.lax.axis_index("warpgroup") * COLUMNS, COLUMNS)
+    tiles = rows // ROWS, columns // TILE
+    me = jax.lax.axis_index("warpgroup")
+    own = pl.ds(me * COLUMNS, COLUMNS)
 
     def part(of: Any, columns: Any, deep: Any = slice(None)) -> Any:
         """These columns of the product's right side, and so much of the depth."""
@@ -109,7 +110,7 @@ def _kernel(x: Any, w: Any, h: Any, b: Any, out: Any, *, turned: bool) -> None:
     def pipeline(step: Any, around: Any) -> Any:
         """A warpgroup's walk along the depth, with the copies running ahead."""
         x_block = plgpu.BlockSpec((ROWS, DEPTH), lambda k: (0, k), transforms=_swizzled(DEPTH))
-        w_shape = right(wide, DEPTH)
+        w_shape = right(TILE, DEPTH)
         w_index = (lambda k: (0, k)) if turned else (lambda k: (k, 0))
         w_block = plgpu.BlockSpec(w_shape, w_index, transforms=_swizzled(DEPTH))
         return plgpu.emit_pipeline_warp_specialized(
@@ -136,12 +137,10 @@ def _kernel(x: Any, w: Any, h: Any, b: Any, out: Any, *, turned: bool) -> None:
         collective_axes="warpgroup",
     )
     def _(buffers: Any, h_tile: Any, b_tile: Any, written: Any, arrived: Any) -> None:
-        me = jax.lax.axis_index("warpgroup")
-
         @plgpu.nd_loop((math.prod(tiles),), collective_axes="block")
         def _(turn: Any) -> None:
             i, j = plgpu.planar_snake(turn.index[0], tiles, 1, _SNAKE)
-            down, across = pl.ds(i * ROWS, ROWS), pl.ds(j * wide, wide)
+            down, across = pl.ds(i * ROWS, ROWS), pl.ds(j * TILE, TILE)
 
             def around(walk: Any) -> None:
                 @partial(pl.run_scoped, acc=plgpu.ACC((ROWS, COLUMNS), jnp.float32))

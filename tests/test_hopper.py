@@ -1,6 +1,6 @@
 """The kernel for Hopper GPUs, in Pallas' interpreter and as far as a machine without one compiles.
 
-That it runs on the device, and how fast, is for `benchmarks.products` to say.
+That it runs on the device, and how fast, is for `benchmarks.parts` to say.
 """
 
 from functools import partial
@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_mini_jax.hopper import COLUMNS, MULTIPLIERS, RANKS, ROWS, fits, product_plus_thin, wide
+from lora_mini_jax.hopper import COLUMNS, RANKS, ROWS, TILE, fits, product_plus_thin, wide
 
-TILE = MULTIPLIERS * COLUMNS
 FORMS = pytest.mark.parametrize("turned", [False, True], ids=["plain", "turned"])
 
 

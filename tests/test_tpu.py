@@ -13,7 +13,7 @@ from lora_mini_jax.cli import main
 from lora_mini_jax.commands.forecast import plan_step
 from lora_mini_jax.options import PlanStep
 
-LIBTPU = pytest.importorskip("libtpu")
+pytest.importorskip("libtpu")
 LAYERS, WIDTH, FF, VOCAB = 4, 128, 256, 512
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB,
