@@ -25,8 +25,9 @@ from benchmarks.row import failure
 from lora_mini_jax import hardware
 from lora_mini_jax.files import write_json
 from lora_mini_jax.hopper import product_plus_thin
-from lora_mini_jax.models.attention import attend, causal_masks
-from lora_mini_jax.models.fused_attention import fused
+from lora_mini_jax.models.attention import attend
+from lora_mini_jax.models.cudnn_attention import by_cudnn
+from lora_mini_jax.models.masks import Seen
 
 ROUNDS = 5
 Part = tuple[str, Callable[..., Any], tuple[Any, ...]]
@@ -98,11 +99,11 @@ def attentions(rows: int, length: int, heads: int, width: int) -> Iterator[Part]
     q, k, v, g = (drawn(rows, length, heads, width, seed=seed) for seed in range(4))
     starts = jax.random.bernoulli(jax.random.key(4), 3 / length, (rows, length))
     segments = 1 + jnp.cumsum(starts, 1, dtype=jnp.int32)
-    ((mask,), _) = causal_masks(segments, segments, None)
 
     def both(way: Callable[..., Any]) -> Callable[..., Any]:
-        def run(q: Any, k: Any, v: Any, g: Any, *mask: Any) -> Any:
-            out, back = jax.vjp(lambda *given: way(*given, *mask), q, k, v)
+        def run(q: Any, k: Any, v: Any, g: Any, segments: Any = None) -> Any:
+            seen = Seen(segments, segments)
+            out, back = jax.vjp(lambda *given: way(*given, seen), q, k, v)
             return out, back(g)
 
         return run
@@ -111,12 +112,12 @@ def attentions(rows: int, length: int, heads: int, width: int) -> Iterator[Part]
         with hardware.without_kernels():
             return attend(*given)
 
-    def cudnn(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
-        return fused(q, k, v, mask, causal=True, scale=width**-0.5)
+    def cudnn(*given: Any) -> Any:
+        return by_cudnn(*given, scale=width**-0.5)
 
     for name, way in {"plain": plain, "cuDNN": cudnn}.items():
         yield name, both(way), (q, k, v, g)
-        yield f"{name}, masked", both(way), (q, k, v, g, mask)
+        yield f"{name}, masked", both(way), (q, k, v, g, segments)
 
 
 def products(rows: int, depth: int, columns: int, ranks: Sequence[int]) -> Iterator[Part]:

@@ -12,8 +12,7 @@ import numpy as np
 import optax
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.flops import dot_flops
-from lora_mini_jax.hardware import capability, without_kernels
+from lora_mini_jax.flops import step_flops
 
 COLUMNS: dict[str, tuple[str, float, str]] = {
     "step_ms": ("step ms", 1, ".1f"), "step_ms_q1": ("q1", 1, ".1f"),
@@ -99,14 +98,11 @@ def compiled(name: str, step: Any, args: tuple, trained: Any = (), moments: Any 
     started = time.perf_counter()
     traced = step.trace(*args)
     program = traced.lower().compile()
-    seconds, products = time.perf_counter() - started, traced.jaxpr
-    if capability():  # its kernels hide their products
-        with without_kernels():
-            products = jax.make_jaxpr(step.__wrapped__)(*args)
+    seconds = time.perf_counter() - started
     memory: Any = program.memory_analysis()
     outside = memory.argument_size_in_bytes + memory.output_size_in_bytes
     facts = {
-        "dot_gflop": dot_flops(products) / 1e9,
+        "dot_gflop": step_flops(step, traced, *args) / 1e9,
         "temp_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.temp_size_in_bytes + outside - memory.alias_size_in_bytes,
         "trained_in": kinds(trained),

@@ -5,6 +5,22 @@ from typing import Any
 
 import jax
 
+from lora_mini_jax.hardware import has_kernels, without_kernels
+
+
+def step_flops(step: Any, traced: Any, *args: Any) -> int:
+    """`dot_flops` of a jitted function, as on any device: a device's kernels hide their products.
+
+    Args:
+        step: the jitted function.
+        traced: ``step.trace(*args)``, which is enough where there are no kernels.
+        args: what it was traced with.
+    """
+    if not has_kernels():
+        return dot_flops(traced.jaxpr)
+    with without_kernels():  # a function of its own: JAX remembers how it traced the step
+        return dot_flops(jax.make_jaxpr(lambda *args: step.__wrapped__(*args))(*args))
+
 
 def dot_flops(jaxpr: Any) -> int:
     """Multiplications and additions in the matrix products of a jaxpr and of those it calls.

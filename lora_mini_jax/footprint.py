@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lora_mini_jax import sharding
 from lora_mini_jax.adapter import draw
 from lora_mini_jax.collectives import collectives
-from lora_mini_jax.flops import dot_flops
+from lora_mini_jax.flops import step_flops
 from lora_mini_jax.gradient import LossFn
 from lora_mini_jax.hardware import compiling_for
 from lora_mini_jax.plan import Site
@@ -92,6 +92,7 @@ def footprint(
     step = make_train_step(loss_fn, tx, has_aux=has_aux, parts=parts, like=state)
     with compiling_for(mesh.devices.flat[0]):
         traced = step.trace(state, params, batch)
+        flops = step_flops(step, traced, state, params, batch)
     compiled = traced.lower().compile(AS_ON_ACCELERATORS if _on_cpu(mesh) else None)
     exchanged: Counter = Counter()
     for each in collectives(compiled):
@@ -102,7 +103,7 @@ def footprint(
         optimizer=_bytes(state.opt_state),
         batch=_bytes(batch),
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
-        flops=dot_flops(traced.jaxpr),
+        flops=flops,
         exchanged=dict(exchanged),
     )
 

@@ -1,5 +1,6 @@
 """The device that programs are made for, and which kernels of its own may be asked for."""
 
+import math
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ JOINT = "LORA_MINI_JOINT"
 """The environment variable that asks for `joint` products, with "1"."""
 _absent: ContextVar[jax.Device | None] = ContextVar("absent", default=None)
 _asked = ContextVar("asked", default=True)
-_ways = ContextVar("ways", default=1)
+_rows: ContextVar[NamedSharding | None] = ContextVar("rows", default=None)
 
 
 def device() -> jax.Device:
@@ -39,8 +40,21 @@ def multiprocessors() -> int:
 def takes_joint_products() -> bool:
     """Whether the kernel of `hopper` is asked for, and programs are made for one device that can
     run it: XLA could not split it."""
-    one = _absent.get() is None and jax.device_count() == 1
-    return os.environ.get(JOINT) == "1" and one and capability() == 9.0
+    asked = os.environ.get(JOINT) == "1" and _absent.get() is None
+    return asked and jax.device_count() == 1 and capability() == 9.0
+
+
+def has_kernels() -> bool:
+    """Whether programs for the device may have kernels of its own, that `without_kernels` leaves
+    out."""
+    return capability() >= 8 or takes_tpu_kernels()
+
+
+def takes_tpu_kernels() -> bool:
+    """Whether programs are made for a TPU, or for a mesh of them that is known (`on_mesh`): XLA
+    cannot split a kernel in Pallas."""
+    known = rows() is not None or _absent.get() is not None or jax.device_count() == 1
+    return device().platform == "tpu" and _asked.get() and known
 
 
 @contextmanager
@@ -67,19 +81,29 @@ def without_kernels() -> Generator[None]:
 @contextmanager
 def on_mesh(rows: NamedSharding | None) -> Generator[None]:
     """Trace a program whose rows are split so, and what is in a row over the mesh's other axes."""
-    every = 1
-    if rows is not None:
-        first = rows.spec[0] if len(rows.spec) else None
-        sizes, every = dict(rows.mesh.shape), rows.mesh.size
-        for name in first if isinstance(first, tuple) else (first,):
-            every //= sizes.get(name, 1)
-    token = _ways.set(every)
+    token = _rows.set(rows)
     try:
         yield
     finally:
-        _ways.reset(token)
+        _rows.reset(token)
+
+
+def rows() -> NamedSharding | None:
+    """How rows are split, inside of `on_mesh`; else None."""
+    return _rows.get()
+
+
+def axes_within_rows() -> tuple[str, ...]:
+    """The axes of the mesh over which what is in a row is split."""
+    split = rows()
+    if split is None:
+        return ()
+    first = split.spec[0] if len(split.spec) else None
+    taken = first if isinstance(first, tuple) else (first,)
+    return tuple(name for name in split.mesh.axis_names if name not in taken)
 
 
 def ways() -> int:
-    """Over how many devices what is in a row is split, inside of `on_mesh`; else 1."""
-    return _ways.get()
+    """Over how many devices what is in a row is split: 1 where there is no mesh."""
+    split = rows()
+    return math.prod(split.mesh.shape[name] for name in axes_within_rows()) if split else 1

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lora_mini_jax.models import attention
-from lora_mini_jax.models.attention import attend, causal_masks
+from lora_mini_jax.models.attention import attend
+from lora_mini_jax.models.masks import Seen
 
 ROWS, TIME, HEADS, WIDTH = 2, 11, 4, 8
 
@@ -32,19 +33,18 @@ def compiled(time: int, **how: Any) -> Any:
     return grad.lower(*given).compile(), given
 
 
-def masked(time: int) -> jax.Array:
+def seen(time: int) -> Seen:
     """Two segments and padding, and a window of five."""
     segments = jnp.asarray([[1] * 6 + [2] * (time - 6), [1] * (time - 2) + [0] * 2])
-    ((mask,), _) = causal_masks(jnp.zeros((ROWS, time), jnp.int32), segments, None, (5,))
-    assert mask is not None
-    return mask
+    return Seen(segments, segments, windows=(5,))
 
 
 HOW: dict[str, dict[str, Any]] = {
     "causal": {},
-    "masked, capped": {"mask": masked(TIME), "softcap": 2.0, "scale": 0.7},
-    "biased": {"mask": masked(TIME), "bias": draw(1, HEADS, TIME, TIME, seed=3)},
-    "all see all": {"mask": jnp.ones((1, 1, TIME, TIME), bool)},
+    "masked, capped": {"seen": seen(TIME), "softcap": 2.0, "scale": 0.7},
+    "biased": {"seen": seen(TIME), "bias": draw(1, HEADS, TIME, TIME, seed=3)},
+    "all see all": {"seen": jnp.ones((1, 1, TIME, TIME), bool)},
+    "all see what is no padding": {"seen": (jnp.arange(TIME) < 9)[None, None, None]},
 }
 
 

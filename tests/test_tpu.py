@@ -2,15 +2,21 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
-from lora_mini_jax import UserError, absent
+from lora_mini_jax import UserError, absent, hardware
 from lora_mini_jax.cli import main
 from lora_mini_jax.commands.forecast import plan_step
+from lora_mini_jax.models import splash_attention
+from lora_mini_jax.models.attention import attend
 from lora_mini_jax.options import PlanStep
 
 pytest.importorskip("libtpu")
@@ -18,7 +24,7 @@ LAYERS, WIDTH, FF, VOCAB = 4, 128, 256, 512
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB,
     "hidden_size": WIDTH, "intermediate_size": FF, "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4, "max_position_embeddings": 128,
+    "num_attention_heads": 4, "max_position_embeddings": 1024,
 }  # fmt: skip
 LINEAR = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * FF)
 SCANNED = {"scan_layers": True, "remat": "full", "dtype": "bfloat16"}
@@ -52,6 +58,27 @@ def test_a_step_compiles_for_tpus_and_takes_what_it_takes_anywhere(method: str, 
         assert 0 <= sum(exchanged.values()) - 2 * on_tpu["trainable"] < 256
     if "fsdp=4" in how["mesh"]:  # whole kernels, forward and backward, from every turn of a loop
         assert exchanged["all-gather"] >= 2 * 2 * LINEAR
+
+
+def test_long_rows_have_a_kernel_on_every_chip_of_a_mesh(tmp_path: Path):
+    how = {"method": "lora", "tpu": "v5e:2x2", "mesh": "fsdp=2,tensor=2", **SCANNED}
+    long = replace(given(tmp_path, **how), max_length=512)
+    made = splash_attention._kernel
+    with mock.patch.object(splash_attention, "_kernel", side_effect=made) as kernel:
+        by_kernel = plan_step(long)
+    assert {call.args[:2] for call in kernel.call_args_list} == {(512, 2)}  # half of the heads
+    with hardware.without_kernels():
+        assert plan_step(long)["gflop"] == by_kernel["gflop"]
+
+
+def test_the_kernel_has_no_weights_of_all_pairs_in_memory():
+    chip = absent.slice_of("v5e:2x2", "")[0]
+    of = jax.ShapeDtypeStruct((4, 2048, 8, 64), jnp.bfloat16, sharding=SingleDeviceSharding(chip))
+    with hardware.compiling_for(chip), absent.uncached():
+        both = jax.grad(lambda *given: attend(*given).astype(jnp.float32).sum(), (0, 1, 2))
+        program: Any = jax.jit(both).lower(of, of, of).compile()
+    assert program.as_text().count("tpu_custom_call") >= 3
+    assert program.memory_analysis().temp_size_in_bytes < 4 * 8 * 2048**2
 
 
 def test_without_a_mesh_it_is_one_chip_and_a_base_may_be_quantised(tmp_path: Path):

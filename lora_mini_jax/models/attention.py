@@ -1,12 +1,13 @@
-"""Attention of decoders: who sees whom, the key-value cache, grouped heads and capped logits."""
+"""Attention of decoders: grouped heads, capped logits, long rows, and the key-value cache."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.models.fused_attention import fused
+from lora_mini_jax.models.cudnn_attention import by_cudnn
+from lora_mini_jax.models.masks import Seen, pairs
+from lora_mini_jax.models.splash_attention import by_splash
 from lora_mini_jax.products import matmul
 
 Array = jax.Array
@@ -18,28 +19,26 @@ def attend(
     q: Array,
     k: Array,
     v: Array,
-    mask: Array | None = None,
+    seen: Seen | Array | None = None,
     *,
     scale: float | None = None,
     bias: Array | None = None,
     softcap: float | None = None,
-    causal: bool = False,
 ) -> Array:
     """Softmax attention; with fewer key than query heads each serves a group of neighbours.
 
     The weights of long rows, heads x time x keys, would take more memory than all else: they are
-    made for `AT_ONCE` queries at a time, and made again for the backward pass. On NVIDIA GPUs, in a
-    narrow dtype, they are never in memory: see `fused_attention`.
+    made for `AT_ONCE` queries at a time, and made again for the backward pass. Where a device has a
+    kernel for it they are never in memory: see `cudnn_attention` and `splash_attention`.
 
     Args:
         q: (batch, time, heads, head_dim).
         k, v: (batch, keys, kv_heads, head_dim).
-        mask: (batch or 1, 1, time, keys) bool, True where a query sees a key; None is causal.
+        seen: who sees whom, or a mask (batch or 1, 1, time or 1, keys) bool, True where a query
+            sees a key; None: every query sees the keys up to its own.
         scale: of the logits; None is ``head_dim ** -0.5``.
         bias: (batch or 1, heads, time, keys), added to the logits; None is none.
         softcap: logits become ``softcap * tanh(logits / softcap)``, as Gemma 2's; None is no cap.
-        causal: whether the mask shows no query a later key than itself, so that those need not be
-            looked at.
 
     Returns:
         (batch, time, heads, head_dim) of ``q``'s dtype; the softmax is float32.
@@ -51,22 +50,20 @@ def attend(
     """
     time, keys = q.shape[1], k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if bias is None and softcap is None:
-        out = fused(q, k, v, mask, causal or mask is None, scale)
-        if out is not None:
-            return out
+    seen = Seen() if seen is None else seen
+    if bias is None:
+        for kernel in (by_cudnn, by_splash):
+            out = kernel(q, k, v, seen, scale, softcap)
+            if out is not None:
+                return out
     if time <= 2 * AT_ONCE:
-        mask = jnp.tril(jnp.ones((1, 1, time, keys), bool)) if mask is None else mask
-        return _attend(q, k, v, mask, bias, scale, softcap)
+        return _attend(q, k, v, pairs(seen, 0, time, keys), bias, scale, softcap)
 
     def turn(_: None, start: Array) -> tuple[None, Array]:
-        def part(array: Array, axis: int) -> Array:
-            return jax.lax.dynamic_slice_in_dim(array, start, AT_ONCE, axis)
-
-        before = jnp.arange(keys) <= start + jnp.arange(AT_ONCE)[:, None]
-        seen = before[None, None] if mask is None else part(mask, 2)
-        near = None if bias is None else part(bias, 2)
-        return None, _attend(part(q, 1), k, v, seen, near, scale, softcap)
+        queries = jax.lax.dynamic_slice_in_dim(q, start, AT_ONCE, 1)
+        mask = pairs(seen, start, AT_ONCE, keys)
+        near = None if bias is None else jax.lax.dynamic_slice_in_dim(bias, start, AT_ONCE, 2)
+        return None, _attend(queries, k, v, mask, near, scale, softcap)
 
     whole = (time - 1) // AT_ONCE * AT_ONCE  # the last turn begins earlier, to be as long
     starts = jnp.minimum(jnp.arange(0, time, AT_ONCE), time - AT_ONCE)
@@ -136,37 +133,3 @@ def written(kv: tuple[Array, Array], k: Array, v: Array, start: Array | int) -> 
         jax.lax.dynamic_update_slice(old[0], k.astype(old[0].dtype), at),
         jax.lax.dynamic_update_slice(old[1], v.astype(old[1].dtype), at),
     )
-
-
-def causal_masks(
-    tokens: Array,
-    segment_ids: Array | None,
-    cache: dict[str, Any] | None,
-    windows: Sequence[int | None] = (None,),
-) -> tuple[tuple[Array | None, ...], Array | None]:
-    """Who sees whom: a token the earlier ones of its own segment, and itself.
-
-    Args:
-        tokens: (batch, time).
-        segment_ids: (batch, time) int32, 0 for padding; None is one segment.
-        cache: with ``length`` () and ``segment_ids`` (batch, length); the tokens come after it.
-        windows: a mask is made for each: how many tokens back one is seen, itself counted; None
-            is no limit. Padding counts, so that rows may be padded on either side.
-
-    Returns:
-        The masks (batch, 1, time, keys) bool, or None for plain causal; and the segments of the
-        keys (batch, keys), None where there is neither a cache nor segments.
-    """
-    if segment_ids is None and cache is None and tuple(windows) == (None,):
-        return (None,), None
-    segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
-    start, slots = 0, segments
-    if cache is not None:
-        start = cache["length"]
-        stored = cache["segment_ids"]
-        slots = jax.lax.dynamic_update_slice(stored, segments.astype(stored.dtype), (0, start))
-    back = (start + jnp.arange(tokens.shape[1]))[:, None] - jnp.arange(slots.shape[1])
-    # Padding sees padding: no query row is ever fully masked, so no softmax can be 0/0.
-    seen = (back >= 0) & (segments[:, :, None] == slots[:, None, :])
-    masks = (seen if window is None else seen & (back < window) for window in windows)
-    return tuple(mask[:, None] for mask in masks), slots

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.models.activations import ACTIVATIONS
-from lora_mini_jax.models.fused_attention import fused
+from lora_mini_jax.models.cudnn_attention import by_cudnn
 from lora_mini_jax.models.stack import run_stack
 
 
@@ -94,7 +94,7 @@ class SelfAttention(Part):
     def __call__(self, x, mask, relative):
         q, k, v = (self.heads(self.linear(name, self.config.hidden_size)(x))
                    for name in ("query", "key", "value"))  # fmt: skip
-        out = fused(q, k, v, mask, causal=False, scale=q.shape[-1] ** -0.5)
+        out = by_cudnn(q, k, v, mask, q.shape[-1] ** -0.5)
         if out is None:
             out = jax.nn.dot_product_attention(q, k, v, mask=mask)
         return out.reshape(x.shape)

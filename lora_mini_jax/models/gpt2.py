@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.models.attention import attend, causal_masks, written
+from lora_mini_jax.models.attention import attend, written
 from lora_mini_jax.models.encoder_layers import Part
 from lora_mini_jax.models.family import Family
 from lora_mini_jax.models.gpt2_config import GPT2Config
+from lora_mini_jax.models.masks import look_back
 from lora_mini_jax.models.scoring import scored
 from lora_mini_jax.models.stack import run_stack
 
@@ -29,7 +30,7 @@ class Attention(Part):
     """Every token to the earlier ones of its segment; ``kv`` is this layer's slice of the cache."""
 
     @nn.compact
-    def __call__(self, x, mask, start, number, kv):
+    def __call__(self, x, seen, start, number, kv):
         c = self.config
         joined = self.linear("c_attn", 3 * c.n_embd)(x)
         q, k, v = map(self.heads, jnp.split(joined, 3, axis=-1))
@@ -39,7 +40,7 @@ class Attention(Part):
             kv = written(kv, k, v, start)
             k, v = (stored.astype(q.dtype) for stored in kv)
         scale = None if c.scale_attn_weights else 1.0
-        out = attend(q, k, v, mask, scale=scale, causal=kv is None)
+        out = attend(q, k, v, seen, scale=scale)
         return self.linear("c_proj", c.n_embd)(out.reshape(x.shape)), kv
 
 
@@ -56,10 +57,10 @@ class Block(Part):
     """One layer, as `run_stack` wants it; ``own`` is its number, from 1, and its cache."""
 
     @nn.compact
-    def __call__(self, x, mask, start, own):
+    def __call__(self, x, seen, start, own):
         number, kv = own
         y = self.norm("ln_1")(x)
-        y, kv = Attention(*self.args, name="attn")(y, mask, start, number, kv)
+        y, kv = Attention(*self.args, name="attn")(y, seen, start, number, kv)
         x = x + y
         return x + MLP(*self.args, name="mlp")(self.norm("ln_2")(x)), kv
 
@@ -105,10 +106,10 @@ class GPT2(Part):
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
         words = self.table(c.vocab_size, "wte")
         x = words(tokens) + self.table(c.n_positions, "wpe")(positions)
-        (mask,), slots = causal_masks(tokens, segment_ids, cache)
+        seen = look_back(tokens, segment_ids, cache)
         kv = None if cache is None else (cache["k"], cache["v"])
         x, kv = run_stack(
-            Block, self.args, x, (mask, start), (1 + jnp.arange(c.n_layer), kv),
+            Block, self.args, x, (seen, start), (1 + jnp.arange(c.n_layer), kv),
             name="h", depth=c.n_layer, scan=self.scan_layers, remat=self.remat,
         )  # fmt: skip
         x = self.norm("ln_f")(x)
@@ -123,8 +124,8 @@ class GPT2(Part):
         logits = logits_of(head, x)
         if cache is None:
             return logits
-        k, v = kv
-        return logits, {"k": k, "v": v, "segment_ids": slots, "length": start + tokens.shape[1]}
+        length = start + tokens.shape[1]
+        return logits, {"k": kv[0], "v": kv[1], "segment_ids": seen.slots, "length": length}
 
 
 FAMILY = Family(

@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_mini_jax.models.attention import causal_masks
 from lora_mini_jax.models.family import Family
 from lora_mini_jax.models.llama_config import LlamaConfig
 from lora_mini_jax.models.llama_families import KINDS
 from lora_mini_jax.models.llama_layers import Block, Part
+from lora_mini_jax.models.masks import look_back
 from lora_mini_jax.models.rotary import Rope, angles
 from lora_mini_jax.models.scoring import scored
 from lora_mini_jax.models.stack import run_stack
@@ -73,14 +73,13 @@ class Llama(Part):
         if c.kind.plus_one:
             x = x * jnp.asarray(c.hidden_size**0.5, self.dtype)
         kinds = sorted(set(c.sliding))
-        windows = [c.sliding_window if slides else None for slides in kinds]
-        masks, slots = causal_masks(tokens, segment_ids, cache, windows)
-        ropes = [_rope(c, slides, positions) for slides in kinds]
+        windows = tuple(c.sliding_window if slides else None for slides in kinds)
+        seen = look_back(tokens, segment_ids, cache, windows)
+        ropes = tuple(_rope(c, slides, positions) for slides in kinds)
         kv = None if cache is None else (cache["k"], cache["v"])
-        views = tuple(zip(ropes, masks, strict=True))
         which = np.array([kinds.index(slides) for slides in c.sliding]) if len(kinds) > 1 else None
         x, kv = run_stack(
-            Block, self.args, x, (views, start), (which, kv),
+            Block, self.args, x, (ropes, seen, start), (which, kv),
             name="layers", depth=c.num_hidden_layers, scan=self.scan_layers, remat=self.remat,
         )  # fmt: skip
         x = self.norm("norm")(x)
@@ -98,7 +97,7 @@ class Llama(Part):
         if cache is None:
             return logits
         length = start + tokens.shape[1]
-        return logits, {"k": kv[0], "v": kv[1], "segment_ids": slots, "length": length}
+        return logits, {"k": kv[0], "v": kv[1], "segment_ids": seen.slots, "length": length}
 
 
 def _rope(config: LlamaConfig, slides: bool, positions: jax.Array) -> Rope:

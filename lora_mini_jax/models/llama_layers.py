@@ -46,7 +46,7 @@ class Attention(Part):
     """Grouped-query attention; ``kv`` is this layer's slice of the cache, or None."""
 
     @nn.compact
-    def __call__(self, x, rope, mask, start, kv):
+    def __call__(self, x, rope, seen, start, kv):
         c = self.config
 
         def heads(name: str, count: int) -> jax.Array:
@@ -65,7 +65,7 @@ class Attention(Part):
             k, v = (stored.astype(q.dtype) for stored in kv)
         scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
         cap = c.attn_logit_softcapping
-        out = attend(q, k, v, mask, scale=scale, softcap=cap, causal=kv is None)
+        out = attend(q, k, v, seen, scale=scale, softcap=cap)
         out = out.reshape(*x.shape[:2], -1)
         return self.dense("o_proj", c.hidden_size, c.attention_bias)(out), kv
 
@@ -84,17 +84,17 @@ class MLP(Part):
 class Block(Part):
     """One decoder layer, as `run_stack` wants it.
 
-    ``views`` holds what a kind of layer sees, (rope, mask). ``own`` are which of these is this
-    layer's, None where there is one kind, and its slice of the cache.
+    ``ropes`` and ``seen`` are of every kind of layer. ``own`` are which of these is this layer's,
+    None where there is one kind, and its slice of the cache.
     """
 
     @nn.compact
-    def __call__(self, x, views, start, own):
-        (which, kv), (rope, mask) = own, views[0]
+    def __call__(self, x, ropes, seen, start, own):
+        (which, kv), rope = own, ropes[0]
         if which is not None:
-            rope, mask = jax.tree.map(lambda *leaves: jnp.stack(leaves)[which], *views)
+            rope = jax.tree.map(lambda *leaves: jnp.stack(leaves)[which], *ropes)
         y = self.norm("input_layernorm")(x)
-        y, kv = Attention(*self.args, name="self_attn")(y, rope, mask, start, kv)
+        y, kv = Attention(*self.args, name="self_attn")(y, rope, seen.by(which), start, kv)
         if not self.config.kind.sandwich:
             x = x + y
             y = self.norm("post_attention_layernorm")(x)

@@ -6,18 +6,20 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 
+from lora_mini_jax import joint
 from lora_mini_jax.checks import require_choice
-from lora_mini_jax.joint import KEPT
+from lora_mini_jax.models import splash_attention
 
 Remat = Literal["none", "dots", "dots_no_batch", "full"]
 """From the most memory to the least. ``"none"``: all is kept. ``"dots"``: the results of matrix
 products. ``"dots_no_batch"``: those of linear layers alone, and not the attention's scores, which
 grow with the square of the length. ``"full"``: nothing but the layer's input."""
 _policies = jax.checkpoint_policies
-_both, _joint = _policies.save_from_both_policies, _policies.save_only_these_names(KEPT)
+_both = _policies.save_from_both_policies
+_kernels = _policies.save_only_these_names(joint.KEPT, splash_attention.KEPT)
 POLICIES: dict[str, Callable[..., Any] | None] = {
-    "dots": _both(_policies.dots_saveable, _joint),
-    "dots_no_batch": _both(_policies.dots_with_no_batch_dims_saveable, _joint),
+    "dots": _both(_policies.dots_saveable, _kernels),
+    "dots_no_batch": _both(_policies.dots_with_no_batch_dims_saveable, _kernels),
     "full": None,
 }
 """What `jax.checkpoint` is told, for every name but ``"none"``."""

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from lora_mini_jax.models import attention
 from lora_mini_jax.models.family import Family, token_inputs
+from lora_mini_jax.models.masks import look_back
 from lora_mini_jax.models.scoring import scored
 from lora_mini_jax.models.stack import run_stack
 from lora_mini_jax.models.t5_config import T5Config
@@ -106,9 +107,9 @@ class T5(Part):
             memory, seen, cross = None, said["mask"], (said["k"], said["v"])
         if cache is not None:
             kv, start = (cache["k"], cache["v"]), cache["length"]
-        (causal,), slots = attention.causal_masks(decoder_tokens, decoder_mask, cache)
+        before = look_back(decoder_tokens, decoder_mask, cache)
         decoder = Stack(*self.args, True, *halves, name="decoder")
-        x, kept = decoder(words(decoder_tokens), causal, memory, seen, start, (kv, cross))
+        x, kept = decoder(words(decoder_tokens), before, memory, seen, start, (kv, cross))
         tied = c.tie_word_embeddings
         head = words if tied else self.dense("lm_head", c.vocab_size, 1.0)
 
@@ -122,7 +123,7 @@ class T5(Part):
             return logits
         (k, v), (cross_k, cross_v) = kept
         return logits, {
-            "k": k, "v": v, "segment_ids": slots, "length": start + decoder_tokens.shape[1],
+            "k": k, "v": v, "segment_ids": before.slots, "length": start + decoder_tokens.shape[1],
             "memory": {"k": cross_k, "v": cross_v, "mask": seen},
         }  # fmt: skip
 

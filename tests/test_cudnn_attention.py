@@ -14,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lora_mini_jax import hardware
 from lora_mini_jax.flops import dot_flops
 from lora_mini_jax.models import Llama, LlamaConfig
-from lora_mini_jax.models.attention import attend, causal_masks, init_cache
+from lora_mini_jax.models.attention import attend, init_cache
 from lora_mini_jax.models.bert import Bert, BertConfig
+from lora_mini_jax.models.masks import Seen
 from tests.gpus import pretend
 
 ROWS, TIME, HEADS, WIDTH = 2, 12, 4, 8
@@ -46,10 +47,8 @@ def drawn(dtype: Any = jnp.bfloat16, time: int = TIME, width: int = WIDTH) -> tu
     return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
 
 
-def masked(windows: tuple[int | None, ...] = (None,)) -> jax.Array:
-    ((mask,), _) = causal_masks(jnp.zeros((ROWS, TIME), jnp.int32), SEGMENTS, None, windows)
-    assert mask is not None
-    return mask
+def seen(window: int | None = None) -> Seen:
+    return Seen(SEGMENTS, SEGMENTS, windows=(window,))
 
 
 def close(got: Any, want: Any) -> None:
@@ -62,9 +61,9 @@ def close(got: Any, want: Any) -> None:
 
 HOW: dict[str, dict[str, Any]] = {
     "causal": {},
-    "segments": {"mask": masked(), "causal": True},
-    "window, scaled": {"mask": masked((5,)), "causal": True, "scale": 0.7},
-    "all see all": {"mask": jnp.ones((1, 1, TIME, TIME), bool)},
+    "segments": {"seen": seen()},
+    "window, scaled": {"seen": seen(5), "scale": 0.7},
+    "all see all": {"seen": jnp.ones((1, 1, TIME, TIME), bool)},
 }
 
 
@@ -75,7 +74,7 @@ def test_values_and_gradients_are_those_of_plain_attention(how: dict[str, Any], 
         return out, back(jnp.cos(out))
 
     got = both(*drawn())
-    assert [call["is_causal"] for call in calls] == [how.get("causal", "mask" not in how)]
+    assert [call["is_causal"] for call in calls] == [not isinstance(how.get("seen"), jax.Array)]
     with hardware.without_kernels():
         want = both(*drawn())
     assert len(calls) == 1
