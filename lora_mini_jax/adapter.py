@@ -8,6 +8,7 @@ never changed and never an argument of ``grad``.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from lora_mini_jax.draws import fold_path, split_key
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.plan import Site, by_method, plan
-from lora_mini_jax.tree import Target, matrices, over_lead
+from lora_mini_jax.tree import Target, check_real, matrices, over_lead
 
 GENERATOR = "threefry2x32"
 
@@ -127,6 +128,7 @@ def draw(
     """
     key = as_key(key)
     kernels = matrices(params, [site.target for site in sites])
+    check_real(kernels)
     trainable, frozen = {}, {}
     for site in sites:
         if site.owner:
@@ -142,8 +144,8 @@ def draw(
     return Adapter(trainable, frozen, jax.random.key_data(key), sites)
 
 
-def as_key(key: jax.Array | int) -> jax.Array:
-    """A typed random key from a seed, a key, or a key's data.
+def as_key(key: Any) -> jax.Array:
+    """A typed random key from a seed, one of JAX's keys, or a key's data.
 
     Always of JAX's threefry generator, whatever the default is: its bits are the same on every
     backend, which drawing the frozen leaves again relies on.
@@ -151,8 +153,10 @@ def as_key(key: jax.Array | int) -> jax.Array:
     Raises:
         UserError: a key of another generator.
     """
-    if isinstance(key, int):
-        return jax.random.key(key, impl=GENERATOR)
+    if isinstance(key, Integral):
+        return jax.random.key(int(key), impl=GENERATOR)
+    if not hasattr(key, "dtype"):
+        raise UserError(f"a random key is a seed or one of JAX's keys, not {key!r}: give one")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if key.shape != (2,):
             raise UserError(f"a key of data {key.shape} is not of {GENERATOR}: give a seed")

@@ -1,12 +1,14 @@
 """Many adapters on one base, side by side: switched by name or number, or mixed within a batch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.errors import UserError
@@ -50,13 +52,28 @@ class Bank:
         takes it as an argument serves every adapter.
 
         Raises:
-            UserError: a name that is not in the bank.
+            UserError: a name that is not in the bank, or a number that is known and not in it.
         """
         if isinstance(which, str):
             if which not in self.names:
                 raise UserError(f"no adapter {which!r}: choose from {', '.join(self.names)}")
             which = self.names.index(which)
+        self._check(which)
         return self._adapter(*self._own(which))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, as of a mapping."""
+        return iter(self.names)
+
+    def _check(self, numbers: Any) -> None:
+        """JAX would take another adapter for a number that is out of range."""
+        if isinstance(numbers, Tracer):
+            return
+        if wrong := [int(i) for i in np.ravel(numbers) if not 0 <= i < len(self)]:
+            raise UserError(f"no adapter {wrong[0]}: this bank has 0 to {len(self) - 1}")
 
     def _own(self, which: int | jax.Array) -> tuple[Leaves, Leaves, jax.Array]:
         """The leaves and keys that adapters do not share, of one adapter or of several."""
@@ -120,8 +137,12 @@ def mixed(apply: Callable[..., Any]) -> Callable[..., Any]:
 
     Returns:
         ``call(params, bank, ids, *inputs, **kwargs)``: ``ids`` ``(batch,)`` int32 says which
-        adapter of the `Bank` each row gets; every input has the batch as its first axis;
-        ``kwargs`` are the same for all rows.
+        adapter of the `Bank` each row gets; every input has the batch as its first axis, and so
+        have those arrays in ``kwargs`` whose first axis is as long; the other ``kwargs`` are the
+        same for all rows.
+
+    Raises:
+        UserError: from the call, ids that are known and not in the bank.
 
     Example:
         >>> import flax.linen as nn
@@ -135,12 +156,15 @@ def mixed(apply: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def call(params: Any, bank: Bank, ids: jax.Array, *inputs: Any, **kwargs: Any) -> Any:
-        def row(own: Any, *inputs: Any) -> Any:
-            one = [None if x is None else x[None] for x in inputs]
-            y = apply(params, bank._adapter(*own), *one, **kwargs)
+        bank._check(ids)
+        own = {name: x for name, x in kwargs.items() if jnp.ndim(x) and len(x) == len(ids)}
+        rest = {name: x for name, x in kwargs.items() if name not in own}
+
+        def row(leaves: Any, inputs: Any, own: Any) -> Any:
+            inputs, own = jax.tree.map(lambda x: x[None], (inputs, own))
+            y = apply(params, bank._adapter(*leaves), *inputs, **own, **rest)
             return jax.tree.map(lambda leaf: leaf[0], y)
 
-        axes = [None if x is None else 0 for x in inputs]
-        return jax.vmap(row, in_axes=(0, *axes))(bank._own(ids), *inputs)
+        return jax.vmap(row)(bank._own(ids), inputs, own)
 
     return call

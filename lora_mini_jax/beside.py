@@ -43,16 +43,21 @@ class _Beside:
     call: object
 
 
-def marked(params: Mapping[str, Any], factors: Mapping[str, dict[str, Array]]) -> dict[str, Any]:
-    """The parameters with a `_Beside` next to each."""
-    flat, call = flatten(params), object()
+def marked(
+    params: Mapping[str, Any], factors: Mapping[str, dict[str, Array]], call: object
+) -> dict[str, Any]:
+    """The parameters with a `_Beside` next to each, for the call that this object stands for."""
+    flat = flatten(params)
     beside = {path + SUFFIX: _Beside(factors.get(path, {}), path, call) for path in flat}
     return unflatten({**flat, **beside})
 
 
-def of_layer(module: Any, view: View) -> tuple[Array, Mapping[str, Array]]:
-    """The kernel of a Linen layer in a call with `marked` parameters, and its factors."""
+def of_layer(module: Any, view: View, call: object) -> tuple[Array, Mapping[str, Array]] | None:
+    """The kernel of a Linen layer in a call with `marked` parameters, and its factors; None in
+    another model, applied in the midst of the call with parameters of its own."""
     beside = module.get_variable("params", view.leaf + SUFFIX)
+    if not isinstance(beside, _Beside) or beside.call is not call:
+        return None
     return dense(module.get_variable("params", view.leaf)), beside.factors
 
 

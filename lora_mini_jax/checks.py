@@ -9,7 +9,7 @@ from lora_mini_jax.errors import UserError
 def require_whole(name: str, value: Any, low: int = 1) -> None:
     """Raise `UserError` unless ``value`` is a whole number from ``low``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise UserError(f"{name} is {value!r}: give a whole number from {low}")
+        raise UserError(f"{name} is {value!r}: give a whole number from {low}{_of_python(value)}")
 
 
 def require_number(name: str, value: Any, low: float | None = None) -> None:
@@ -18,7 +18,12 @@ def require_number(name: str, value: Any, low: float | None = None) -> None:
     fits = number and math.isfinite(value) and (value > 0 if low is None else value >= low)
     if not fits:
         allowed = "above 0" if low is None else f"from {low}"
-        raise UserError(f"{name} is {value!r}: give a finite number {allowed}")
+        raise UserError(f"{name} is {value!r}: give a finite number {allowed}{_of_python(value)}")
+
+
+def _of_python(value: Any) -> str:
+    """What else is wrong with a number of NumPy's: settings are written to JSON."""
+    return ", a number of Python's" if hasattr(value, "dtype") else ""
 
 
 def require_choice(name: str, value: Any, choices: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.checks import require_choice, require_number
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.layers import place
 from lora_mini_jax.methods.diffora import GATE, DiffoRA, Sharing
@@ -85,10 +86,17 @@ def discretise(
         module. And the adapter, which trains, merges and saves like any other.
 
     Raises:
-        UserError: see `agreed`.
+        UserError: see `agreed`; no gates, or a setting or scores that are not as said.
     """
-    agreed(adapter.sites)
+    methods = gated(adapter.sites)
+    if agreed(adapter.sites) is None:
+        raise UserError("no kernel has a gate: give an adapter by DiffoRA")
+    require_number("rho", rho)
+    require_choice("sharing", sharing, Sharing)
     scores = openings(adapter) if scores is None else scores
+    if rho > 1 or set(scores) != set(methods):
+        raise UserError(f"rho {rho} and scores of {', '.join(scores)}: rho is at most 1, and every "
+                        f"kernel with a gate has a score: {', '.join(methods)}")  # fmt: skip
     chosen = _highest(scores, rho)
     owners = dict.fromkeys(chosen, "") | _shared(adapter.sites, chosen, scores, sharing)
     sites = []

@@ -49,6 +49,9 @@ def accumulated(
     """
 
     def divided(leaf: jax.Array) -> jax.Array:
+        if not jnp.ndim(leaf):
+            raise UserError(f"a batch with a number, {leaf}, cannot be taken in parts: give arrays "
+                            "with a row for every example")  # fmt: skip
         if len(leaf) % parts:
             raise UserError(f"a batch of {len(leaf)} rows cannot be taken in {parts} parts: give a "
                             f"multiple of {parts}")  # fmt: skip
@@ -59,10 +62,11 @@ def accumulated(
         i, rows = part
         found = gradient(loss_fn, adapter, params, rows, jax.random.fold_in(key, i), has_aux)
         loss, weight, grads = found if has_aux else (found[0], jnp.ones(()), found[2])
-        weighted = jax.tree.map(lambda x: x * weight, (loss, grads))
+        weight = jnp.float32(weight)
+        weighted = jax.tree.map(lambda x: jnp.float32(x * weight), (loss, grads))
         return jax.tree.map(jnp.add, total, (*weighted, weight)), None
 
-    zero = jnp.zeros(())
+    zero = jnp.zeros((), jnp.float32)
     start = zero, jax.tree.map(jnp.zeros_like, adapter.trainable), zero
     turns = jnp.arange(parts), jax.tree.map(divided, batch)
     (loss, grads, weight), _ = jax.lax.scan(add, start, turns)

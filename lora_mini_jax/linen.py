@@ -28,8 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_mini_jax import beside, hardware
 from lora_mini_jax.adapter import Adapter
-from lora_mini_jax.errors import UserError
-from lora_mini_jax.tree import Target, flatten, traced
+from lora_mini_jax.tree import Target, check_unboxed, flatten, traced
 from lora_mini_jax.views import (
     RULES,
     Rule,
@@ -89,27 +88,23 @@ def targets(
         ['kernel']
     """
     flat, found = flatten(params), {}
-    if boxed := [path for path, leaf in flat.items() if not hasattr(leaf, "shape")]:
-        raise UserError(
-            f"{boxed[0]} is a {type(flat[boxed[0]]).__name__}, not an array: unbox the parameters "
-            "first, flax.linen.meta.unbox(params)"
-        )
+    check_unboxed(flat)
 
     def record(module: nn.Module, path: str, view: View) -> None:
         seen = tuple(module.get_variable("params", view.leaf).shape)
         found.setdefault(path, target_of(path, tuple(flat[path].shape), seen, view))
 
     def interceptor(next_call: Callable, args: tuple, kw: dict, context: Any) -> Any:
-        call = view_of(context, args, kw, all_rules)
-        if call and call[0] in flat:
-            record(context.module, *call)
+        used = view_of(context, args, kw, all_rules)
+        if used and beside.of_layer(context.module, used[1], this):
+            record(context.module, *used)
         return next_call(*args, **kw)
 
-    all_rules = {**RULES, **(rules or {})}
+    all_rules, this = {**RULES, **(rules or {})}, object()
     with nn.intercept_methods(interceptor):
         traced(
             lambda v, p, *x: model.apply({**v, "params": p}, *x, **kwargs),
-            variables or {}, beside.marked(params, {}), *inputs,
+            variables or {}, beside.marked(params, {}, this), *inputs,
         )  # fmt: skip
     return tuple(found[path] for path in flat if path in found)
 
@@ -165,20 +160,20 @@ def adapt(
         **kwargs: Any,
     ) -> Any:
         sites = beside.called_sites(adapter)
-        used: Counter[str] = Counter()
-        number = jax.tree.leaves(inputs)[0].shape[0] if rows else 0
+        used, this = Counter[str](), object()
+        arrays = (leaf for leaf in jax.tree.leaves((inputs, kwargs)) if getattr(leaf, "ndim", 0))
+        number = next(arrays).shape[0] if rows else 0
 
         def interceptor(next_call: Callable, args: tuple, kw: dict, context: Any) -> Any:
             y = adapted(next_call, args, kw, context)
             return _split(y, rows, number) if rows else y
 
         def adapted(next_call: Callable, args: tuple, kw: dict, context: Any) -> Any:
-            call = view_of(context, args, kw, all_rules)
-            if call is None or call[0] not in sites:
+            path, view = view_of(context, args, kw, all_rules) or ("", None)
+            layer = beside.of_layer(context.module, view, this) if path in sites and view else None
+            if view is None or layer is None:
                 return next_call(*args, **kw)
-            path, view = call
-            before = used[path]
-            kernel, own = beside.of_layer(context.module, view)
+            before, (kernel, own) = used[path], layer
             given = context.module, sites[path], view, own, partial(used.update, [path])
             with beside.multiplying(*given):
                 y = next_call(*args, **kw)
@@ -187,7 +182,7 @@ def adapt(
             used[path] += 1
             return y + beside.delta(sites[path], view, kernel, own, y.dtype, before)
 
-        joined = beside.marked(*beside.prepared(params, adapter, dropout_key))
+        joined = beside.marked(*beside.prepared(params, adapter, dropout_key), this)
         with hardware.on_mesh(rows), nn.intercept_methods(interceptor):
             out = model.apply({**(variables or {}), "params": joined}, *inputs, **kwargs)
         if whole:

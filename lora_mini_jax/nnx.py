@@ -20,6 +20,7 @@ from flax import nnx
 
 from lora_mini_jax import beside, views
 from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.errors import UserError
 from lora_mini_jax.tree import Target, flatten, traced, unflatten
 from lora_mini_jax.views import Rules, View
 from lora_mini_jax.watched import name_of, watch
@@ -70,6 +71,9 @@ def parameters(model: nnx.Module) -> dict[str, Any]:
 
 def update(model: nnx.Module, params: Mapping[str, Any]) -> None:
     """Write parameters, merged ones say, into a model in place.
+
+    Raises:
+        UserError: parameters that are missing, that the model has not, or of other shapes.
 
     Example:
         >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
@@ -192,8 +196,16 @@ def _copied(state: nnx.State) -> nnx.State:
 
 
 def _filled(state: nnx.State, params: Mapping[str, Any]) -> nnx.State:
-    """The state with these parameters in it."""
+    """The state with these parameters in it; errors where they are not the model's own."""
     flat = flatten(params)
+    shapes = {name: tuple(variable.shape) for name, variable in _named(state)}
+    wrong = [f"{name} is missing" for name in shapes if name not in flat]
+    wrong += [f"{name} is none of the model's" for name in flat if name not in shapes]
+    wrong += [f"{name} is {flat[name].shape}, not {shape}" for name, shape in shapes.items()
+              if name in flat and flat[name].shape != shape]  # fmt: skip
+    if wrong:
+        raise UserError(f"these parameters do not fit the model: {'; '.join(wrong)}. Give what "
+                        "`parameters` makes, or what `merge` makes of it")  # fmt: skip
     filled = [(path, variable.replace(flat[name_of(path)]))
               for path, variable in nnx.to_flat_state(state)]  # fmt: skip
     return nnx.from_flat_state(filled)

@@ -111,12 +111,14 @@ def scale_by_element_adam(
     def update(
         updates: Any, state: Any, params: Any = None, *, hold: Any = None, **extra_args: Any
     ) -> tuple[Any, ElementAdamState]:
+        def kept(new: Any, old: Any, hold: Any) -> Any:
+            counted = not _left_out(new) and old.shape == hold.shape
+            return jnp.where(hold, old, new) if counted else new
+
         def unless_held(new: Any, old: Any) -> Any:
             if hold is None:
                 return new
-            return jax.tree.map(
-                lambda h, n, o: jnp.where(h, o, n) if o.shape == h.shape else n, hold, new, old
-            )
+            return jax.tree.map(kept, new, old, hold, is_leaf=_left_out)
 
         def moved(average: Any, power: int, decay: float) -> Any:
             new = jax.tree.map(lambda m, g: decay * m + (1 - decay) * g**power, average, updates)
@@ -144,11 +146,17 @@ def forget(tx: optax.GradientTransformation, opt_state: Any, mask: Any) -> Any:
         mask: a tree of booleans like the parameters.
     """
 
-    def afresh(leaf: jax.Array, mask: jax.Array) -> jax.Array:
+    def afresh(leaf: Any, mask: jax.Array) -> Any:
         # One counter for a whole leaf: of a kernel that never starts afresh.
-        return jnp.where(mask, 0, leaf) if leaf.shape == mask.shape else leaf
+        kept = not _left_out(leaf) and leaf.shape == mask.shape
+        return jnp.where(mask, 0, leaf) if kept else leaf
 
-    return optax.tree.map_params(tx, afresh, opt_state, mask)
+    return optax.tree.map_params(tx, afresh, opt_state, mask, is_leaf=_left_out)
+
+
+def _left_out(leaf: Any) -> bool:
+    """Whether ``optax.masked``, or ``optax.partition``, gives this leaf to another optimiser."""
+    return isinstance(leaf, optax.MaskedNode)
 
 
 def scale_leaves(factors: Mapping[str, float]) -> optax.GradientTransformation:

@@ -28,7 +28,7 @@ def draw(
     data."""
     n_in, n_out = kernel.shape
     if outer_init in FROM_DATA:
-        return jnp.zeros((n_in, a)), jnp.zeros((b, n_out))
+        return jnp.zeros((n_in, a), jnp.float32), jnp.zeros((b, n_out), jnp.float32)
     if outer_init == "svd":
         u, _, vt = top_singular(kernel, max(a, b))
         return u[:, :a], vt[:b]
@@ -46,7 +46,7 @@ def seed(keys: jax.Array, kernel: jax.Array) -> Factors:
     """What `again` draws the factors from: two keys' data (uint32), and the factors without their
     entries, whose long sides say how long they are and take no memory."""
     n_in, n_out = kernel.shape
-    none = {"A_aux": jnp.zeros((n_in, 0)), "B_aux": jnp.zeros((0, n_out))}
+    none = {"A_aux": jnp.zeros((n_in, 0), jnp.float32), "B_aux": jnp.zeros((0, n_out), jnp.float32)}
     return {"outer_keys": jax.random.key_data(keys), **none}
 
 

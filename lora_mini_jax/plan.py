@@ -48,12 +48,13 @@ def plan(
         method: the method for every target that no override names.
         targets: the kernels, as `select` gives them.
         overrides: ``{regular expression: {field: value}}``, other hyper-parameters for some
-            kernels: ``{"mlp": {"rank": 4, "alpha": 8.0}}``. Where several match, the last wins.
+            kernels: ``{"mlp": {"rank": 4, "alpha": 8.0}}``. Of several that set a field the last
+            wins.
         modules_to_save: parameters trained whole beside the method: a head, norms, biases.
 
     Raises:
-        UserError: a pattern that matches none of the targets, a field the method does not have,
-            or kernels the method cannot adapt: all of them in one message.
+        UserError: no target, a pattern that matches none of them, a field the method does not
+            have, or kernels the method cannot adapt: all of them in one message.
     """
     targets, overrides = tuple(targets), overrides or {}
     for pattern in overrides:
@@ -61,12 +62,14 @@ def plan(
             raise UserError(f"override {pattern!r} matches no kernel; {listing(targets)}")
     sites = []
     for target in targets:
-        own = method
-        for pattern, changed in overrides.items():
-            if matches(target, pattern):
-                own = own.with_settings(changed)
-        sites.append(Site(target, own))
+        changed: dict[str, Any] = {}
+        for pattern, settings in overrides.items():
+            changed |= settings if matches(target, pattern) else {}
+        sites.append(Site(target, method.with_settings(changed) if changed else method))
     sites += [Site(target, Full()) for target in modules_to_save]
+    if not sites:
+        raise UserError("no kernel to adapt was given: the model has none of a known layer, or "
+                        "`rules` have to say which they are")  # fmt: skip
     check(sites)
     return tuple(sites)
 
@@ -75,7 +78,10 @@ def check(sites: Iterable[Site]) -> None:
     """Raise one `UserError` that lists every kernel its method cannot adapt, or two claim."""
     sites = tuple(sites)
     claims = Counter(site.target.path for site in sites)
-    found = [f"{path}: {n} methods claim it" for path, n in claims.items() if n > 1]
+    if twice := [path for path, n in claims.items() if n > 1]:
+        raise UserError(f"{', '.join(twice)}: more than once among targets and modules_to_save; "
+                        "give each once")  # fmt: skip
+    found = []
     owning = {site.target.path for site in sites if not site.owner}
     found += [
         f"{site.target.path}: uses the leaves of {site.owner}, which has none"

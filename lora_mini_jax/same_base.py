@@ -8,7 +8,7 @@ from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.record import Record, bits_of, fingerprint
 from lora_mini_jax.sketch import same, sketch
-from lora_mini_jax.tree import flatten
+from lora_mini_jax.tree import by_name, flatten
 
 
 def check_bits(record: Record, params: Mapping[str, Any], folder: Path) -> None:
@@ -41,11 +41,11 @@ def check_base(record: Record, params: Mapping[str, Any], folder: Path) -> None:
 def check_drawn(digest: dict, adapter: Adapter, folder: Path, different_base: bool) -> None:
     """Frozen leaves drawn from the key must be those trained with; ones drawn from the kernel's own
     content (svd) follow the base, so with a different base only random ones can be compared."""
-    here = flatten(adapter.frozen)
+    here = by_name(adapter.frozen)
     near = {site.target.path: site.method.redrawn_within for site in adapter.sites}
     wrong = [
         path
-        for path, stored in flatten(digest).items()
+        for path, stored in by_name(digest).items()
         if path not in here or not same(stored, sketch(here[path]), near[path.rpartition("/")[0]])
     ]
     if wrong:

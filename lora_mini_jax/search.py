@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -17,7 +18,7 @@ from lora_mini_jax.data import Batches
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.gradient import LossFn, accumulated, gradient
 from lora_mini_jax.methods.diffora import GATE
-from lora_mini_jax.train import TrainState, jitted
+from lora_mini_jax.train import TrainState, jitted, where
 
 
 class SearchMetrics(NamedTuple):
@@ -80,7 +81,8 @@ def make_search_step(
 
     The gates take a step on ``valid_batch`` with the weights as they are (first order: no gradient
     goes through the weights' own step), then the weights take one on ``train_batch``. The batches
-    come from the two `halves`. ``state`` is donated: use the one returned.
+    come from the two `halves`. ``state`` is donated: use the one returned. A loss or gradient that
+    is not finite leaves what it would have moved as it was.
 
     Args:
         loss_fn: ``loss_fn(params, adapter, batch, key)``, a scalar, or with ``has_aux`` a pair.
@@ -115,14 +117,18 @@ def make_search_step(
             loss, _, grads = gradient(*given) if parts == 1 else accumulated(*given, parts)
             return loss, *_apart(grads)  # what is not used is not computed
 
-        def moved(tx: Any, grads: Any, opt_state: Any, leaves: Any) -> tuple[Any, Any]:
-            updates, opt_state = tx.update(grads, opt_state, leaves)
-            return optax.apply_updates(leaves, updates), opt_state
+        def moved(tx: Any, loss: Any, grads: Any, *before: Any) -> Any:
+            """The leaves and the optimiser's state, as they were where the loss is not finite."""
+            leaves, opt_state = before
+            update = optax.with_extra_args_support(tx).update
+            updates, opt_state = update(grads, opt_state, leaves, value=loss)
+            fine = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+            return where(fine, (optax.apply_updates(leaves, updates), opt_state), before)
 
         gate_loss, grads, _ = gradients(valid_batch, gate_key)
-        gates, gate_state = moved(tx_gate, grads, gate_state, gates)
+        gates, gate_state = moved(tx_gate, gate_loss, grads, gates, gate_state)
         loss, _, grads = gradients(train_batch, inner_key)
-        inner, inner_state = moved(tx_inner, grads, inner_state, inner)
+        inner, inner_state = moved(tx_inner, loss, grads, inner, inner_state)
         after = state.adapter.with_trainable(_joined(gates, inner))
         opt_state = gate_state, inner_state
         metrics = SearchMetrics(loss, gate_loss)

@@ -26,6 +26,7 @@ def sketch(array: Any, n: int = 2) -> list[float]:
     """
     flat = np.asarray(on_host(dense(array))).reshape(-1)
     flat = flat[:: max(1, flat.size // MOST)].astype(np.float64)
+    flat = np.where(np.isfinite(flat), flat, 0)  # a mask's infinities are equal to no number
     if flat.size == 0:
         return [0.0] * (n + 1)
     waves = np.cos(np.outer(np.arange(1, n + 1) * 0.7548776662, np.arange(flat.size) + 1))

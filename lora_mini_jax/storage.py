@@ -21,7 +21,7 @@ from lora_mini_jax.plan import check
 from lora_mini_jax.processes import on_host, together
 from lora_mini_jax.record import Record, read_record, to_text
 from lora_mini_jax.same_base import check_base, check_bits, check_drawn
-from lora_mini_jax.tree import flatten, unflatten
+from lora_mini_jax.tree import by_name, flatten, unflatten
 
 GROUPS = ("trainable", "frozen")
 
@@ -62,7 +62,7 @@ def save(
 
     stored = _stored(adapter, store_outer)
     tensors = {f"{group}/{path}": on_host(leaf) for group in GROUPS
-               for path, leaf in flatten(stored[group]).items()}  # fmt: skip
+               for path, leaf in by_name(stored[group]).items()}  # fmt: skip
     with new_folder(folder) as temporary:
         with writing(folder):
             save_file(tensors, temporary / "adapter.safetensors")
@@ -178,7 +178,7 @@ def _fill(drawn: Adapter, tensors: dict[str, np.ndarray], digests: dict, folder:
 
     A frozen leaf without a digest must be in the file: nothing would vouch for a drawn one. Only
     what training alone needs may be missing from both."""
-    groups = {"trainable": flatten(drawn.trainable), "frozen": flatten(drawn.frozen)}
+    groups = {"trainable": by_name(drawn.trainable), "frozen": by_name(drawn.frozen)}
     wrong, filled = [], set()
     for name, tensor in tensors.items():
         group, _, path = name.partition("/")
@@ -190,7 +190,7 @@ def _fill(drawn: Adapter, tensors: dict[str, np.ndarray], digests: dict, folder:
             groups[group][path] = jnp.asarray(tensor)
             filled.add(name)
     scratch = {f"{site.target.path}/{name}" for site in drawn.sites for name in site.method.scratch}
-    vouched = {f"frozen/{path}" for path in {*flatten(digests), *scratch}}
+    vouched = {f"frozen/{path}" for path in {*by_name(digests), *scratch}}
     expected = {f"{group}/{path}" for group, flat in groups.items() for path in flat}
     wrong += [f"{name} is missing" for name in sorted(expected - filled - vouched)]
     if wrong:

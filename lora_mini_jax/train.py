@@ -12,6 +12,7 @@ from jax.core import Tracer
 
 from lora_mini_jax import moves
 from lora_mini_jax.adapter import Adapter, as_key
+from lora_mini_jax.checks import require_whole
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.gradient import LossFn, accumulated, gradient
 from lora_mini_jax.optim import forget
@@ -72,7 +73,8 @@ class TrainState:
         _check_calibrated(adapter)
         key = jnp.copy(jax.random.key_data(as_key(key)))
         own = jax.tree.map(jnp.copy, adapter) if copy else adapter
-        return cls(jnp.zeros((), jnp.int32), own, tx.init(own.trainable), key)
+        opt_state = _apart(tx.init(own.trainable), own)
+        return cls(jnp.zeros((), jnp.int32), own, opt_state, key)
 
 
 class Metrics(NamedTuple):
@@ -106,6 +108,14 @@ def make_train_step(
             ``aux`` must then be a part's weight in the mean, such as its number of tokens.
         like: on a mesh, the state that training starts with; every later one is sharded as it is.
 
+    Returns:
+        The step; its metrics are `Metrics`. An optimiser that asks for the loss is given it, as
+        ``value``.
+
+    Raises:
+        UserError: ``parts`` that are not a whole number from 1; from the step, a batch that cannot
+            be taken in so many.
+
     Example:
         >>> import flax.linen as nn
         >>> from lora_mini_jax import LoRA, init, linen
@@ -118,6 +128,8 @@ def make_train_step(
         >>> state, metrics = step(TrainState.create(adapter, tx), params, x)
     """
 
+    require_whole("parts", parts)
+
     def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, Metrics]:
         adapter = state.adapter
         key = jax.random.fold_in(as_key(state.key), state.step)
@@ -125,16 +137,19 @@ def make_train_step(
         given = loss_fn, adapter, params, batch, loss_key, has_aux
         loss, aux, grads = gradient(*given) if parts == 1 else accumulated(*given, parts)
         norm = optax.tree.norm(grads)
-        after, opt_state = _updated(tx, adapter, grads, state.opt_state, state.step, step_key)
+        given = grads, loss, state.opt_state, state.step, step_key
+        after, opt_state = _updated(tx, adapter, *given)
         fine = jnp.isfinite(loss) & jnp.isfinite(norm)
-        after, opt_state = jax.tree.map(
-            lambda new, old: new if new is old else jnp.where(fine, new, old),
-            (after, opt_state),
-            (adapter, state.opt_state),
-        )
+        after, opt_state = where(fine, (after, opt_state), (adapter, state.opt_state))
         return TrainState(state.step + 1, after, opt_state, state.key), Metrics(loss, norm, aux)
 
     return jitted(step, like)
+
+
+def where(fine: jax.Array, after: Any, before: Any) -> Any:
+    """What an update made, or what was before where it was not ``fine``."""
+    kept = lambda new, old: new if new is old else jnp.where(fine, new, old)  # noqa: E731
+    return jax.tree.map(kept, after, before)
 
 
 def jitted(step: Callable[..., Any], like: TrainState | None) -> jax.stages.Wrapped:
@@ -143,6 +158,19 @@ def jitted(step: Callable[..., Any], like: TrainState | None) -> jax.stages.Wrap
         return jax.jit(step, donate_argnums=0)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _apart(opt_state: Any, adapter: Adapter) -> Any:
+    """The state with copies of what it shares with the adapter (Prodigy keeps where it started):
+    the step donates both, and can give an array away once."""
+    taken = set(map(id, jax.tree.leaves(adapter)))
+
+    def own(leaf: Any) -> Any:
+        shared = id(leaf) in taken
+        taken.add(id(leaf))
+        return jnp.copy(leaf) if shared else leaf
+
+    return jax.tree.map(own, opt_state)
 
 
 def _check_calibrated(adapter: Adapter) -> None:
@@ -162,6 +190,7 @@ def _updated(
     tx: optax.GradientTransformation,
     adapter: Adapter,
     grads: Any,
+    loss: jax.Array,
     opt_state: Any,
     t: jax.Array,
     key: jax.Array,
@@ -172,7 +201,8 @@ def _updated(
         return tree if hold is None else jax.tree.map(lambda h, x: jnp.where(h, 0, x), hold, tree)
 
     hold, update = moves.held(adapter), optax.with_extra_args_support(tx).update
-    updates, opt_state = update(zero(grads), opt_state, adapter.trainable, hold=hold)
+    extra = {"value": loss} if hold is None else {"value": loss, "hold": hold}
+    updates, opt_state = update(zero(grads), opt_state, adapter.trainable, **extra)
     trainable: Any = optax.apply_updates(adapter.trainable, zero(updates))
     after, reset = moves.step(adapter.with_trainable(trainable), grads, t, key)
     return after, opt_state if reset is None else forget(tx, opt_state, reset)

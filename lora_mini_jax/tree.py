@@ -15,6 +15,8 @@ import jax.numpy as jnp
 
 from lora_mini_jax.errors import UserError
 
+SLASH = "%2F"
+
 
 @dataclass(frozen=True)
 class Target:
@@ -100,18 +102,29 @@ def parameters(params: Mapping[str, Any], kernels: Iterable[Target]) -> tuple[Ta
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested mapping as ``{path: leaf}``, in the tree's own order.
+    """A nested mapping as ``{path: leaf}``, in the tree's own order; a slash within a name, as
+    `nn.WeightNorm` has, is written ``%2F``.
 
     >>> flatten({"up": {"kernel": 1, "bias": 2}})
     {'up/kernel': 1, 'up/bias': 2}
     """
     flat = {}
-    for name, value in tree.items():
+    for key, value in tree.items():
+        name = str(key).replace("/", SLASH)
         if isinstance(value, Mapping):
             flat.update({f"{name}/{path}": leaf for path, leaf in flatten(value).items()})
         else:
             flat[name] = value
     return flat
+
+
+def by_name(leaves: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The leaves of an adapter, which are kept by the paths of kernels, by names of their own.
+
+    >>> by_name({"up/kernel": {"A": 1, "B": 2}})
+    {'up/kernel/A': 1, 'up/kernel/B': 2}
+    """
+    return {f"{path}/{name}": leaf for path, own in leaves.items() for name, leaf in own.items()}
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,7 +135,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
-        *parents, name = path.split("/")
+        *parents, name = (part.replace(SLASH, "/") for part in path.split("/"))
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
@@ -138,9 +151,19 @@ def matrices(params: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, 
     return {target.path: target.matrix(dense(flat[target.path])) for target in targets}
 
 
+def check_real(kernels: Mapping[str, jax.Array]) -> None:
+    """Raise one `UserError` listing every kernel that is not of real floating numbers."""
+    wrong = [f"{path} is {kernel.dtype}" for path, kernel in kernels.items()
+             if not jnp.issubdtype(kernel.dtype, jnp.floating)]  # fmt: skip
+    if wrong:
+        raise UserError(f"only real floating numbers are trained: {', '.join(wrong)}. Leave these "
+                        "kernels out")  # fmt: skip
+
+
 def check_fit(params: Mapping[str, Any], targets: Iterable[Target]) -> None:
     """Raise one `UserError` listing every target that is not in ``params``, or in another shape."""
     flat = flatten(params)
+    check_unboxed(flat)
     wrong = []
     for target in targets:
         if target.path not in flat:
@@ -152,6 +175,21 @@ def check_fit(params: Mapping[str, Any], targets: Iterable[Target]) -> None:
             f"the adapter does not fit these parameters: {'; '.join(wrong)}. "
             "Use the model it was made for, or make a new adapter"
         )
+
+
+def check_unboxed(flat: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a parameter that is boxed with its partitioning."""
+    boxed = [path for path, leaf in flat.items() if hasattr(leaf, "unbox") and not _sized(leaf)]
+    if boxed:
+        raise UserError(
+            f"{boxed[0]} is a {type(flat[boxed[0]]).__name__}, not an array: unbox the parameters "
+            "first, flax.linen.meta.unbox(params)"
+        )
+
+
+def _sized(leaf: Any) -> bool:
+    """Whether it has an array's shape, as the box of a quantised kernel has."""
+    return hasattr(leaf, "shape")
 
 
 def dense(leaf: Any) -> jax.Array:

@@ -127,10 +127,10 @@ def view_of(context: Any, args: tuple, kw: dict, rules: Rules) -> tuple[str, Vie
     _, rule = rule_of(type(module), rules)
     if rule is None or module.scope is None:
         return None
-    method = getattr(type(module), context.method_name, None)
-    if method is None:
+    if not hasattr(type(module), context.method_name):
         return None  # the outer shell of a lifted layer, nn.vmap(nn.Dense); the layer is inside
-    view = view_by(rule, method, module, context.method_name, args, kw)
+    # Of the method that runs: a subclass may take other arguments than the layer it calls.
+    view = view_by(rule, context.orig_method, module, context.method_name, args, kw)
     if view is None or not module.has_variable("params", view.leaf):
         return None
     return "/".join((*module.path, view.leaf)), view
@@ -139,10 +139,10 @@ def view_of(context: Any, args: tuple, kw: dict, rules: Rules) -> tuple[str, Vie
 def view_by(
     rule: Rule, function: Callable, module: Any, method: str, args: tuple, kw: dict
 ) -> View | None:
-    """What a rule says of a call, with the arguments in the order of ``function``'s signature."""
-    bound = inspect.signature(function).bind(module, *args, **kw)
+    """What a rule says of a call of a bound method, with the arguments in their order there."""
+    bound = inspect.signature(function).bind(*args, **kw)
     bound.apply_defaults()
-    return rule(module, method, bound.args[1:])
+    return rule(module, method, bound.args)
 
 
 def rule_of(cls: type, rules: Rules) -> tuple[type, Rule | None]:

@@ -1,5 +1,6 @@
 """How the layers of an NNX model are made to say when they are called: by a subclass of each."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -10,6 +11,7 @@ import jax
 from flax import nnx
 
 from lora_mini_jax import beside, views
+from lora_mini_jax.errors import UserError
 from lora_mini_jax.views import Rule, Rules, View
 
 
@@ -24,7 +26,8 @@ class _Watch:
     act: Callable[[Any, str, View, Any], Any]
 
     def __call__(self, module: Any, method: str, args: tuple, kw: dict, y: Any) -> Any:
-        view = views.view_by(self.rule, getattr(self.known, method), module, method, args, kw)
+        plain = getattr(self.known, method).__get__(module)
+        view = views.view_by(self.rule, plain, module, method, args, kw)
         if view is None:
             return y
         return self.act(module, f"{self.module}/{view.leaf}".removeprefix("/"), view, y)
@@ -37,7 +40,13 @@ def watch(
     act: Callable[[Any, str, View, Any], Any],
     factors: Mapping[str, Mapping[str, jax.Array]] | None = None,
 ) -> None:
-    """Make the layers that have a rule call ``act``, and put the factors beside the kernels."""
+    """Make the layers that have a rule call ``act``, and put the factors beside the kernels.
+
+    Raises:
+        UserError: an adapted kernel that is a variable of more than one layer.
+    """
+    layers = (each for _, each in nnx.iter_graph(model) if isinstance(each, nnx.Module))
+    holders = Counter(id(value) for each in layers for value in vars(each).values())
     for path, variable in nnx.to_flat_state(state):
         layer: Any = model
         for part in path[:-1]:
@@ -49,6 +58,11 @@ def watch(
             layer.__class__ = _watched(type(layer), known)
             layer.adapter_watch = _Watch(name_of(path[:-1]), known, rule, act)
         own = (factors or {}).get(name_of(path), {})
+        if own and holders[id(getattr(layer, str(path[-1])))] > 1:
+            raise UserError(
+                f"{name_of(path)} is a variable of several layers, and would be adapted in one of "
+                "them: let them share the layer itself, or leave this kernel out"
+            )
         beside_it = {name: type(variable)(leaf) for name, leaf in own.items()}
         setattr(layer, str(path[-1]) + beside.SUFFIX, nnx.Dict(beside_it))
 

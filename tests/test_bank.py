@@ -64,6 +64,28 @@ def test_outer_factors_of_one_seed_are_kept_once() -> None:
     assert sum(leaf.size for leaf in jax.tree.leaves(apart.frozen)) == 3 * one
 
 
+def test_a_bank_lists_its_names_and_numbers_out_of_it_are_refused() -> None:
+    at, own = setup(), adapters(LoRA(rank=2))
+    many, call = bank(own), mixed(linen.adapt(at.model))
+    assert (len(many), list(many), "latin" in many, "greek" in many) == (3, [*NAMES], True, False)
+    numbers: tuple[Any, ...] = (3, -1, np.int64(7), jnp.asarray(3))
+    for number in numbers:
+        with pytest.raises(UserError, match=f"no adapter {int(number)}: this bank has 0 to 2"):
+            many[number]
+    with pytest.raises(UserError, match="no adapter 5"):
+        call(at.params, many, jnp.array([0, 5]), at.tokens[:2])
+
+
+def test_arrays_given_by_name_are_of_the_rows_too() -> None:
+    def apply(params: Any, adapter: Any, x: jax.Array, *, add: jax.Array, flag: bool) -> jax.Array:
+        assert x.shape == add.shape == (1, 4)
+        return x + add if flag else x
+
+    many, x = bank(adapters(LoRA(rank=2))), jnp.arange(8.0).reshape(2, 4)
+    y = mixed(apply)(None, many, jnp.array([1, 0]), x, add=10 * x, flag=True)
+    np.testing.assert_allclose(y, 11 * x)
+
+
 def test_what_does_not_go_together_is_refused() -> None:
     at, own = setup(), adapters(LoRA(rank=2))
     with pytest.raises(UserError, match="no adapter 'greek': choose from french, german, latin"):

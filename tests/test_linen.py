@@ -20,6 +20,7 @@ from lora_mini_jax import (
     make_train_step,
     merge,
     select,
+    sharding,
 )
 from lora_mini_jax.tree import Target
 from tests.cases import cross_entropy, draws, random_params, randomised
@@ -267,6 +268,62 @@ def test_a_layer_of_the_users_own_is_brought_in_with_a_rule(flipped: bool):
     adapter = randomised(init(params, LoRAMini(rank=1, a=3, b=2), targets))
     y = linen.adapt(model, rules)(params, adapter, X)
     agree(y, model.apply({"params": merge(params, adapter)}, X))
+
+
+class Inner(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(x)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["plain", "adapted"])
+def test_a_model_applied_within_a_model_is_not_the_models(own: bool):
+    """Its layers have the same names, and parameters and an adapter of their own."""
+    inner, params = Inner(), random_params(Inner(), X)
+    adapter = adapted(inner, params, X)
+
+    def encoded(x: jax.Array) -> jax.Array:
+        if own:
+            return linen.adapt(inner)(params, adapter, x)
+        return inner.apply({"params": params}, x)  # ty: ignore[invalid-explicit-return]
+
+    check(Wrap(lambda x: nn.Dense(4)(encoded(x))), X, paths="Dense_0/kernel")
+
+
+class Gated(nn.Dense):
+    @nn.compact
+    def __call__(self, x, gate):  # ty: ignore[incompatible-method-override]
+        return super().__call__(x) * gate
+
+
+def test_a_subclass_may_take_other_arguments_than_its_layer():
+    check(Wrap(lambda x: Gated(5)(x, jnp.float32(0.5))), X, paths="Gated_0/kernel")
+
+
+def test_names_with_slashes_stay_what_they_are():
+    model = Wrap(lambda x: nn.Dense(5)(nn.WeightNorm(nn.Dense(4, name="normed"))(x)))
+    params = random_params(model, X)
+    assert "normed/kernel/scale" in params["WeightNorm_0"]
+    targets = select(linen.targets(model, params, X), ["Dense_0/kernel"])
+    adapter = randomised(init(params, METHOD, targets), 0.5)
+    merged = merge(params, adapter)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    y = linen.adapt(model)(params, adapter, X)
+    agree(y, model.apply({"params": merged}, X))
+
+
+def test_inputs_may_all_be_given_by_name():
+    mesh = sharding.make_mesh("data=2,tensor=-1")
+    model, params = Inner(), random_params(Inner(), X)
+    apply = linen.adapt(model, rows=sharding.of_batch(mesh))
+    adapter = adapted(model, params, X)
+    agree(apply(params, adapter, x=X), linen.adapt(model)(params, adapter, X))
+
+
+def test_boxed_parameters_are_to_be_unboxed():
+    boxed = {"Dense_0": {"kernel": nn.Partitioned(jnp.ones((4, 4)), ("in", "out"))}}
+    with pytest.raises(UserError, match=r"Dense_0/kernel is a Partitioned.*unbox"):
+        init(boxed, METHOD, [Target("Dense_0/kernel", (4, 4))])
 
 
 def test_a_kernel_the_call_never_used_raises_and_is_named():

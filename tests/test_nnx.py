@@ -286,6 +286,38 @@ def test_other_state_is_given_and_returned() -> None:
     )
 
 
+class Shared(nnx.Module):
+    """Two layers with one kernel, and one of its own."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.a, self.b, self.c = (nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(3))
+        self.b.kernel = self.a.kernel
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.c(self.b(jnp.tanh(self.a(x))))
+
+
+def test_a_kernel_of_two_layers_is_not_adapted_in_one_of_them() -> None:
+    model, x = Shared(nnx.Rngs(0)), jnp.ones((2, WIDTH))
+    params, targets = front.parameters(model), front.targets(model, x)
+    with pytest.raises(UserError, match=r"a/kernel is a variable of several layers"):
+        front.adapt(model)(params, init(params, LoRA(rank=2), targets), x)
+    alone = randomised(init(params, LoRA(rank=2), select(targets, ["c/kernel"])))
+    y = front.adapt(model)(params, alone, x)
+    front.update(model, merge(params, alone))
+    np.testing.assert_allclose(y, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_that_do_not_fit_are_not_written() -> None:
+    model = nnx.Linear(WIDTH, 4, rngs=nnx.Rngs(0))
+    before = front.parameters(model)
+    wrong = {"kernel": jnp.ones((4, WIDTH)), "kernl": jnp.ones(1)}
+    said = r"bias is missing; kernl is none of the model's; kernel is \(4, 8\), not \(8, 4\)"
+    with pytest.raises(UserError, match=said):
+        front.update(model, wrong)
+    jax.tree.map(np.testing.assert_array_equal, front.parameters(model), before)
+
+
 def test_what_a_call_never_used_is_named() -> None:
     class Idle(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from lora_mini_jax import (
+    LoRA,
     LoRAMini,
     Target,
     TrainState,
@@ -23,6 +24,7 @@ from lora_mini_jax import (
     split,
     trainable_mask,
 )
+from lora_mini_jax.methods import ReLoRA, SwitchLoRA
 from lora_mini_jax.optim import forget, scale_by_element_adam, scale_leaves
 from tests.cases import by_name, draws, random_params, randomised
 
@@ -183,6 +185,31 @@ def test_the_step_takes_no_array_of_the_callers(noisy):
     run(noisy, key, [(X, Y)])
     assert jax.random.normal(key, ()).shape == ()
     assert not any(x.is_deleted() for x in jax.tree.leaves((ADAPTER, PARAMS)))
+
+
+OPTIMISERS: dict[str, Any] = {
+    "one for each leaf": optax.partition(
+        {"A": optax.adam(1e-2), "B": optax.chain(scale_by_element_adam(), optax.scale(-1e-2))},
+        lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key, tree),
+    ),
+    "keeps where it started": optax.contrib.prodigy(1e-2),
+    "asks for the loss": optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()),
+}
+
+
+AFRESH = LoRA(rank=2), ReLoRA(rank=2, reset_every=2), SwitchLoRA(rank=2, interval0=1.0)
+
+
+@pytest.mark.parametrize("tx", OPTIMISERS.values(), ids=list(OPTIMISERS))
+@pytest.mark.parametrize("method", AFRESH, ids=lambda method: method.name)
+def test_any_optimiser_goes_with_methods_that_start_afresh(method: Any, tx: Any):
+    adapter = init(PARAMS, method, linen.targets(MODEL, PARAMS, X))
+    step, state = make_train_step(loss_fn, tx), TrainState.create(adapter, tx)
+    for _ in range(3):
+        state, metrics = step(state, PARAMS, (X, Y))
+    assert np.isfinite(metrics.loss)
+    assert changed(adapter.trainable, state.adapter.trainable)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(adapter))
 
 
 def tree(**leaves: Any) -> Any:

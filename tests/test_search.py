@@ -136,6 +136,33 @@ def test_gates_see_the_validation_batch_alone_and_weights_the_training_batch():
             np.testing.assert_allclose(leaf, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("spoilt", ["train", "valid"])
+def test_a_loss_that_is_not_finite_moves_nothing(spoilt: str):
+    adapter, tx = randomised(init(PARAMS, METHOD, TARGETS, 1), 0.5), optax.adam(0.1)
+    batches = {"train": batch(1), "valid": batch(2)}
+    batches[spoilt] = (batches[spoilt][0], batches[spoilt][1] * np.nan)
+    after, _ = one_step(adapter, *batches.values(), tx, tx)
+    moved = [same_bits(a, b) for a, b in zip(parts(after.adapter), parts(adapter), strict=True)]
+    assert moved == ([False, True] if spoilt == "train" else [True, False])
+    finite = jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), after.opt_state)
+    assert all(jax.tree.leaves(finite))
+
+
+def test_a_choice_that_could_not_be_made_is_refused():
+    adapter = randomised(init(PARAMS, METHOD, TARGETS, 1), 0.5)
+    wrong: dict[str, dict[str, Any]] = {
+        "rho is -1": {"rho": -1},
+        "rho is at most 1": {"rho": 7.0},
+        "sharing is 'colum'": {"sharing": "colum"},
+        "every kernel with a gate has a score": {"scores": {TARGETS[0].path: 1.0}},
+    }
+    for said, given in wrong.items():
+        with pytest.raises(UserError, match=said):
+            discretise(adapter, given.pop("rho", 0.5), **given)
+    with pytest.raises(UserError, match="no kernel has a gate"):
+        discretise(init(PARAMS, METHOD.inner, TARGETS), 0.5)
+
+
 def test_with_gates_held_the_search_is_ordinary_training():
     adapter, tx, none = init(PARAMS, METHOD, TARGETS, 1), optax.sgd(0.3), optax.set_to_zero()
     gates_held = optax.partition(

@@ -11,6 +11,7 @@ import pytest
 
 from lora_mini_jax import (
     LoRA,
+    LoRAMini,
     TrainState,
     UserError,
     count,
@@ -113,7 +114,28 @@ def test_what_cannot_be_adapted_is_refused_naming_the_kernels():
     with pytest.raises(UserError, match=r"norm/scale.*no kernel, so lora cannot adapt it"):
         init(PARAMS, LoRA(rank=2), select(EVERY, "norm"))
     up = select(EVERY, ["up/kernel"])
-    with pytest.raises(UserError, match="up/kernel: 2 methods claim it"):
+    with pytest.raises(UserError, match="up/kernel: more than once among targets and modules_to"):
         init(PARAMS, LoRA(rank=2), up, modules_to_save=up)
+    with pytest.raises(UserError, match="no kernel to adapt"):
+        init(PARAMS, LoRA(rank=2), [])
+    counts = {**PARAMS, "up": {**PARAMS["up"], "kernel": jnp.zeros(up[0].shape, jnp.int32)}}
+    with pytest.raises(UserError, match=r"only real floating numbers .*: up/kernel is int32"):
+        init(counts, Full(), up)
+    with pytest.raises(UserError, match=r"a random key is a seed .* not None"):
+        init(PARAMS, LoRA(rank=2), up, None)  # ty: ignore[invalid-argument-type]
     with pytest.raises(UserError, match="'head-only' matches no kernel"):
         select([t for t in EVERY if "classifier" not in t.path], "head-only")
+
+
+SEEDS: tuple[Any, ...] = (3, np.int64(3))
+
+
+def test_a_seed_of_numpy_is_a_seed_and_overrides_are_checked_together():
+    up = select(EVERY, ["up/kernel"])
+    one, other = (init(PARAMS, LoRA(rank=2), up, seed) for seed in SEEDS)
+    jax.tree.map(np.testing.assert_array_equal, one.trainable, other.trainable)
+    method = LoRAMini(rank=4, a=8, b=8)
+    # A rank of 4 between sides of 2 would be refused; the last pattern makes it 1.
+    overrides = {"up": {"a": 2}, "up/kernel": {"rank": 1}}
+    (site,) = init(PARAMS, method, up, overrides=overrides).sites
+    assert site.method == LoRAMini(rank=1, a=2, b=8)

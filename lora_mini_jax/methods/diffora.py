@@ -67,8 +67,8 @@ class DiffoRA(Method):
 
     def __post_init__(self) -> None:
         self._check_inner()
-        object.__setattr__(self, "dropout", self.inner.dropout)
-        object.__setattr__(self, "shares_draw", self.inner.shares_draw)
+        for name in ("dropout", "shares_draw", "redrawn_within"):
+            object.__setattr__(self, name, getattr(self.inner, name))
         require_number("rho", self.rho)
         if self.rho > 1:
             raise UserError(f"rho is {self.rho}: give a number above 0, at most 1")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from lora_mini_jax.decompositions import top_singular
 from lora_mini_jax.low_rank import LowRank
@@ -34,7 +35,7 @@ class LoRAXS(LowRank):
 
     def init(self, key: jax.Array, kernel: jax.Array) -> tuple[Factors, Factors]:
         u, s, vt = top_singular(kernel, self.rank)
-        r = 1e-5 * jax.random.normal(key, (self.rank, self.rank))
+        r = 1e-5 * jax.random.normal(key, (self.rank, self.rank), jnp.float32)
         return {"R": r}, {"A": u * s, "B": vt}
 
     def chain(self, factors: Factors) -> tuple[jax.Array, ...]:
