@@ -4,14 +4,21 @@ model, params              any Linen module and its parameters
 targets = select(linen.targets(model, params, x), "q_proj|v_proj")
 adapter = init(params, LoRAMini(rank=4), targets, key)
 apply   = linen.adapt(model)         # apply(params, adapter, x)
-merged  = merge(params, adapter)     # plain parameters again
+adapter = calibrate(adapter, params, loss_fn, batches)    # for factors that come from data
+step    = make_train_step(loss_fn, tx)                    # TrainState to TrainState
+merged  = merge(params, adapter)     # plain parameters again; save and load keep adapters
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lora_mini_jax import checkpoint as checkpoint
+    from lora_mini_jax import data as data
+    from lora_mini_jax import hardware as hardware
     from lora_mini_jax import linen, methods, models, nnx, peft
+    from lora_mini_jax import quantized as quantized
+    from lora_mini_jax import sharding as sharding
     from lora_mini_jax.adapter import Adapter, count, init
     from lora_mini_jax.banks import bank, mixed
     from lora_mini_jax.calibration import calibrate
@@ -47,7 +54,8 @@ _HOMES = {
     "selection": ("select",),
     "tree": ("Target", "parameters"),
 }
-_MODULES = ("linen", "methods", "models", "nnx", "peft")
+_MODULES = ("checkpoint", "data", "hardware", "linen", "methods", "models", "nnx", "peft",
+            "quantized", "sharding")  # fmt: skip
 
 __all__ = [
     "Adapter",
