@@ -9,7 +9,7 @@ from typing import Any
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Method
 from lora_mini_jax.methods.full import Full
-from lora_mini_jax.selection import listing, matches
+from lora_mini_jax.selection import brief, listing, matches
 from lora_mini_jax.tree import Target
 
 
@@ -93,7 +93,8 @@ def check(sites: Iterable[Site]) -> None:
         found += [f"{target.path} ({target.n_in} x {target.n_out}): {p}" for p in problems]
     if found:
         raise UserError(
-            f"{'; '.join(found)}. Lower the setting, exclude these kernels, or override it for them"
+            f"{brief(found, '; ')}. Lower the setting, exclude these kernels, or override it for "
+            "them"
         )
 
 
