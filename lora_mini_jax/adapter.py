@@ -103,7 +103,8 @@ def init(
             and merged with the adapter: ``select(parameters(params, targets), "norm")``.
 
     Raises:
-        UserError: see `plan`; also a target that ``params`` does not have, or in another shape.
+        UserError: see `plan`; no target, or one that ``params`` does not have, or has in another
+            shape or in numbers that are not real.
 
     Example:
         >>> targets = [Target("up/kernel", (8, 32))]
@@ -112,7 +113,11 @@ def init(
         >>> count(init(params, LoRA(rank=2), targets))
         80
     """
-    return draw(params, plan(method, targets, overrides, modules_to_save), key)
+    sites = plan(method, targets, overrides, modules_to_save)
+    if not sites:
+        raise UserError("no kernel to adapt was given: the model has none of a known layer, or "
+                        "`rules` have to say which they are")  # fmt: skip
+    return draw(params, sites, key)
 
 
 def draw(

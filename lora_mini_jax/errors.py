@@ -1,6 +1,7 @@
 """The one exception that means "you can fix this": it becomes one line and exit code 2."""
 
-from collections.abc import Generator
+import difflib
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
 
@@ -37,3 +38,20 @@ def told_of_memory() -> Generator[None]:
             " --remat full with --scan-layers, --quantize, or more devices with --mesh; "
             "lora-mini plan tells beforehand what a step takes"
         ) from error
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown ``word``: those known ones that may have been meant, by
+    their letters or, of several parts, by their initials; or nothing.
+
+    Example:
+        >>> meant("lr", ["learning_rate", "labels"])
+        ': did you mean learning_rate?'
+        >>> meant("--rankk", ["--rank", "--task"])
+        ': did you mean --rank?'
+    """
+    known = sorted(known)
+    parts = {name: name.strip("-").replace("_", "-").split("-") for name in known}
+    near = [n for n in known if "".join(p[:1] for p in parts[n]) == word.strip("-")]
+    near = near or difflib.get_close_matches(word, known, n=2, cutoff=0.7)
+    return f": did you mean {' or '.join(near)}?" if near else ""

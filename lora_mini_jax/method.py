@@ -90,6 +90,9 @@ class Method(Settings, ABC):
     """Whether `step` makes the optimiser start entries afresh, so that each needs a counter of its
     own: `optim.scale_by_element_adam`."""
 
+    takes_dropout: ClassVar[bool] = True
+    """Whether its dropout may be anything but the default."""
+
     dropout: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Method
 from lora_mini_jax.methods.full import Full
-from lora_mini_jax.selection import listing, matches
+from lora_mini_jax.selection import brief, listing, matches
 from lora_mini_jax.tree import Target
 
 
@@ -53,8 +53,8 @@ def plan(
         modules_to_save: parameters trained whole beside the method: a head, norms, biases.
 
     Raises:
-        UserError: no target, a pattern that matches none of them, a field the method does not
-            have, or kernels the method cannot adapt: all of them in one message.
+        UserError: a pattern that matches none of the targets, a field the method does not have,
+            or kernels the method cannot adapt: all of them in one message.
     """
     targets, overrides = tuple(targets), overrides or {}
     for pattern in overrides:
@@ -67,9 +67,6 @@ def plan(
             changed |= settings if matches(target, pattern) else {}
         sites.append(Site(target, method.with_settings(changed) if changed else method))
     sites += [Site(target, Full()) for target in modules_to_save]
-    if not sites:
-        raise UserError("no kernel to adapt was given: the model has none of a known layer, or "
-                        "`rules` have to say which they are")  # fmt: skip
     check(sites)
     return tuple(sites)
 
@@ -99,7 +96,8 @@ def check(sites: Iterable[Site]) -> None:
         found += [f"{target.path} ({target.n_in} x {target.n_out}): {p}" for p in problems]
     if found:
         raise UserError(
-            f"{'; '.join(found)}. Lower the setting, exclude these kernels, or override it for them"
+            f"{brief(found, '; ')}. Lower the setting, exclude these kernels, or override it for "
+            "them"
         )
 
 

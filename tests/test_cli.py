@@ -58,6 +58,13 @@ def test_a_saved_config_gives_the_same_options(place):
     assert parse(["finetune", "--config", str(place / "again.json")]) == given
 
 
+def test_what_a_run_found_is_a_line_each(place, capsys):
+    main(["finetune", "--config", str(place / "config.json")])  # it is finished
+    lines = capsys.readouterr().out.splitlines()
+    assert "trained parameters    224" in lines
+    assert max(map(len, (line for line in lines if str(place) not in line))) < 80
+
+
 def test_inspect_lists_every_kernel_and_writes_nothing(place, capsys):
     before = sorted(place.rglob("*"))
     model = place / "model"

@@ -28,8 +28,8 @@ MAY_NAME = {
     "Full": {"plan.py", "calibration.py", "runs/scratch.py", "combination.py", "models/remat.py",
              "options/training.py", "options/pretrain.py"},
     "LoRA": {"folding.py", "combination.py",  # what others are folded into
-             "options/finetune.py", "options/pretrain.py", "runs/demo.py"},
-    "LoRAMini": {"options/adapter.py", "options/finetune.py", "runs/demo.py",
+             "options/compare.py", "options/pretrain.py", "runs/demo.py"},
+    "LoRAMini": {"options/adapter.py", "options/compare.py", "runs/demo.py",
                  "cli.py"},  # its name too
     "ReLoRA": {"options/pretrain.py"},
     "SwitchLoRA": {"options/pretrain.py"},

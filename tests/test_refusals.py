@@ -45,7 +45,7 @@ def named(said: str) -> set[str]:
         ("--method miss --mode bat --rank 5", "rank 5 does not divide", ATTENTION + MLP),
         ("--method switchlora --rank 32", "rank 32 is not below min(in, out) = 32",
          ATTENTION + MLP),
-        ("--method lora --rank 2 --modules-to-save q_proj up_proj", "2 methods claim it",
+        ("--method lora --rank 2 --modules-to-save q_proj up_proj", "more than once",
          ("q_proj", "up_proj")),
         ("--method diffora --inner miss(rank=4,mode=bat) --target-modules v_proj",
          "update of miss depends on the kernel", ("v_proj",)),

@@ -20,10 +20,13 @@ from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import load_module
 from lora_mini_jax.options import Inspect
 from lora_mini_jax.plan import Site
+from lora_mini_jax.tasks.language import check_length
 from lora_mini_jax.tasks.task import all_targets, sites_among
 from lora_mini_jax.train import TrainState, make_train_step
 
 Report = dict[str, Any]
+LENGTH = 256
+"""Tokens in a row where nobody says."""
 
 
 def run_inspect(options: Inspect) -> None:
@@ -62,8 +65,9 @@ def inspect(options: Inspect) -> Report:
     }
     if options.config_only:
         return report
+    length = row_length(options.max_length, model)
     inputs = [
-        jax.ShapeDtypeStruct((options.batch_size, options.max_length), one.dtype)
+        jax.ShapeDtypeStruct((options.batch_size, length), one.dtype)
         for one in family_of_module(model).inputs()
     ]
     return report | {
@@ -71,6 +75,21 @@ def inspect(options: Inspect) -> Report:
         "full_step_gflop": full_flops(model, params, inputs) / 1e9,
         "tokens_per_step": sum(one.size for one in inputs),
     }
+
+
+def row_length(asked: int | None, model: Any) -> int:
+    """Tokens in a row: those asked for, or as many as are usual and fit the model.
+
+    Raises:
+        UserError: more than a decoder has positions for; an encoder says so itself.
+    """
+    config = model.config
+    ends = hasattr(config, "max_position_embeddings")  # a T5's positions do not
+    if asked is None:
+        return min(LENGTH, config.max_position_embeddings) if ends else LENGTH
+    if ends and not family_of_module(model).trunk:
+        check_length(asked, config)
+    return asked
 
 
 def without_head(model: Any) -> Any:

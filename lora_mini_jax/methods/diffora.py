@@ -57,6 +57,7 @@ class DiffoRA(Method):
     """
 
     name = "diffora"
+    takes_dropout = False
 
     inner: Method = None  # ty: ignore[invalid-assignment]  # `_check_inner` says what to give
     rho: float = 0.5
@@ -134,10 +135,8 @@ class DiffoRA(Method):
         return replace(self, inner=self.inner.sized(size, n_in, n_out))
 
     def problems(self, n_in: int, n_out: int) -> list[str]:
-        found = self.inner.problems(n_in, n_out)
-        if self.inner.reads_kernel:
-            found.append(f"the update of {self.inner.name} depends on the kernel: no gate for it")
-        return found
+        why = f"the update of {self.inner.name} depends on the kernel: no gate for it"
+        return self.inner.problems(n_in, n_out) + [why] * self.inner.reads_kernel
 
     def with_settings(self, settings: Mapping[str, Any]) -> Self:
         own = {n: v for n, v in settings.items() if n in self.field_names() and n != "dropout"}

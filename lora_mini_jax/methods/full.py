@@ -31,6 +31,7 @@ class Full(Method):
     name = "full"
     default_targets = "all"
     adapts_any_array = True
+    takes_dropout = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

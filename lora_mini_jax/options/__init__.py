@@ -10,8 +10,9 @@ from lora_mini_jax.options.commands import (
     Methods,
     Predict,
 )
-from lora_mini_jax.options.config_file import defaults, differences, from_file, to_json
-from lora_mini_jax.options.finetune import Compare, Finetune
+from lora_mini_jax.options.compare import Compare
+from lora_mini_jax.options.config_file import defaults, defaults_from, differences, to_json
+from lora_mini_jax.options.finetune import Finetune
 from lora_mini_jax.options.plan import PlanStep
 from lora_mini_jax.options.pretrain import Pretrain
 from lora_mini_jax.options.training import Training
@@ -33,8 +34,8 @@ __all__ = [
     "Pretrain",
     "Training",
     "defaults",
+    "defaults_from",
     "differences",
-    "from_file",
     "one_or_names",
     "to_json",
 ]

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.spec import parse_settings, to_pairs
@@ -27,6 +27,8 @@ class MethodOptions:
     def __post_init__(self) -> None:
         # In one order, so that a run is the same run however its settings were given.
         settings = to_pairs(dict(sorted(self.parsed_settings().items())))
+        if "method" in self.parsed_settings():  # which `--method` would outdo in silence
+            raise UserError(f"{self.method} has no option method: a method is named, not set")
         object.__setattr__(self, "settings", settings)
         self.adapter_method()
 
@@ -40,6 +42,14 @@ class MethodOptions:
         """``settings`` as a dict."""
         return parse_settings(self.settings, " ".join(self.settings))
 
+    @staticmethod
+    def setting_kinds() -> dict[str, Any]:
+        """The settings that some method has, and what each is annotated with."""
+        from lora_mini_jax.methods import METHODS
+
+        hints = [(method, get_type_hints(method)) for method in METHODS.values()]
+        return {name: kinds[name] for method, kinds in hints for name in method.field_names()}
+
 
 @dataclass(frozen=True)
 class AdapterOptions(MethodOptions):
@@ -48,18 +58,19 @@ class AdapterOptions(MethodOptions):
     model: str = BASE
     """A model in Hugging Face layout (config.json, safetensors, tokenizer.json), or a hub id."""
     target_modules: tuple[str, ...] = ()
-    """all-linear, all, bias-only, head-only, or names such as q_proj v_proj, or one regular
-    expression on the whole path; by default the method's own, mostly all-linear."""
+    """all-linear, all, bias-only, head-only; or one word, a regular expression that is searched for
+    in the whole path; or two or more, exact names such as q_proj v_proj. By default the method's
+    own, mostly all-linear."""
     exclude_modules: tuple[str, ...] = ()
-    """Names to leave out."""
+    """Exact names to leave out."""
     modules_to_save: tuple[str, ...] = ()
     """Parameters to train whole beside the method, by names or one regular expression."""
     overrides: str = "{}"
     """JSON: other settings for some kernels, by regular expression: {"mlp": {"rank": 4}}."""
 
     budget: int | None = None
-    """Choose the method's size (rank; a and b of LoRA-Mini) so that at most this many parameters
-    are trained, those of modules_to_save apart."""
+    """Choose the method's size (its rank; of LoRA-Mini a and b too) so that at most this many
+    parameters are trained, those of modules_to_save apart."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,6 +5,7 @@ from typing import Literal
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.options.adapter import BASE, AdapterOptions
+from lora_mini_jax.options.numbers import COUNT, SEED, check_numbers
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,9 @@ class Demo:
     """Where the runs, the table and the report go."""
     steps: int = 80
     """Updates of each of the two runs."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, {"steps": COUNT})
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,17 @@ class Inspect(AdapterOptions):
 
     batch_size: int = 8
     """Rows in the batch of which the step's FLOPs are counted."""
-    max_length: int = 256
-    """Tokens in a row of that batch; of a T5 on either side."""
+    max_length: int | None = None
+    """Tokens in a row of that batch, of a T5 on either side; by default 256, or what the model was
+    made for where that is less."""
     config_only: bool = False
-    """Leave the step's FLOPs out, for which the gradients of the whole model are traced."""
+    """Skip the step's FLOPs, which take tracing the whole model's gradients."""
     json: bool = False
     """Print JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, {"batch_size": COUNT, "max_length": COUNT})
 
 
 @dataclass(frozen=True)
@@ -50,13 +59,25 @@ class Generate:
     adapter: str | None = None
     """An adapter folder, such as runs/finetune/adapter."""
     max_new_tokens: int = 64
+    """At most so many tokens are written for each prompt."""
     temperature: float = 0.0
     """0 takes the likeliest token every time; above, logits are divided by it and sampled."""
     top_p: float = 1.0
     """Sample from the smallest set of likeliest tokens of this probability."""
     seed: int = 0
+    """Of the sampling; the same seed gives the same text."""
     allow_different_base: bool = False
     """Go on although the adapter was trained on other weights."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise UserError("--prompt has no text: give one or more")
+        check_numbers(self, {"seed": SEED})
+        for text in self.prompt:
+            try:
+                text.encode()
+            except UnicodeEncodeError:  # Python keeps the bytes of such words as half characters
+                raise UserError(f"--prompt {text!r} is not UTF-8 text: give it as UTF-8") from None
 
 
 @dataclass(frozen=True)
@@ -80,8 +101,7 @@ class Predict:
     """Go on although the adapter was trained on other weights."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size is {self.batch_size}: give a whole number from 1")
+        check_numbers(self, {"batch_size": COUNT})
 
 
 @dataclass(frozen=True)

@@ -5,33 +5,64 @@ from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.errors import UserError, meant
 from lora_mini_jax.files import read_object
+from lora_mini_jax.options.adapter import MethodOptions
+from lora_mini_jax.options.kinds import allowed, fitted
+from lora_mini_jax.spec import to_pairs
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
-def from_file(cls: "type[DataclassInstance]", path: str) -> Any:
-    """The options of a command as its saved ``config.json`` has them.
+def defaults_from(cls: "type[DataclassInstance]", path: str) -> Any:
+    """An options object that holds what a ``config.json`` says, and else the command's defaults.
+
+    A method's settings may stand there as ``"settings": ["rank=4"]`` or ``"rank": 4``. The object
+    is made without checking how its values go together: the command line may yet change them. What
+    must be given and is not in the file is the option parser's ``MISSING``.
 
     Raises:
-        UserError: no such file, not JSON, not an object, or a key the command does not have.
+        UserError: no such file, not JSON, not an object, a key that the command does not have, or a
+            value of the wrong type.
     """
-    values = read_object(path)
-    known = {f.name for f in fields(cls)}
-    if unknown := sorted(set(values) - known):
-        raise UserError(
-            f"{path}: unknown option {', '.join(unknown)}; there are {', '.join(sorted(known))}"
-        )
-    try:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    except TypeError as error:
-        raise UserError(f"{path}: a value of the wrong type: {error}") from None
+    from tyro import MISSING as REQUIRED  # of no use to those who only import the options
+
+    given = read_object(path)
+    for name in getattr(cls, "passed_over", ()):
+        given.pop(name, None)
+    values, settings = _checked(cls, path, given)
+    options: Any = object.__new__(cls)
+    for field in fields(cls):
+        default = REQUIRED if field.default is MISSING else field.default
+        object.__setattr__(options, field.name, values.get(field.name, default))
+    if settings:
+        object.__setattr__(options, "settings", (*options.settings, *to_pairs(settings)))
+    return options
+
+
+def _checked(cls: Any, path: str, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The values of options, as their annotations say, and those of a method's settings."""
+    kinds = {field.name: field.type for field in fields(cls)}
+    own = cls.setting_kinds() if issubclass(cls, MethodOptions) else {}
+    values, settings, wrong = {}, {}, []
+    for name, value in given.items():
+        if name in kinds:
+            try:
+                values[name] = fitted(value, kinds[name])
+            except TypeError:
+                wrong.append(f"{name} is {json.dumps(value)}: give {allowed(kinds[name])}")
+        elif name in own:
+            settings[name] = value
+        else:
+            wrong.append(f"no such option: {name}{meant(name, {*kinds, *own})}")
+    if wrong:
+        raise UserError(f"{path}: {'; '.join(wrong)}")
+    return values, settings
 
 
 def to_json(options: "DataclassInstance") -> dict[str, Any]:
-    """Options as `from_file` reads them back."""
+    """Options as `defaults_from` reads them back."""
     return json.loads(json.dumps(asdict(options)))
 
 

@@ -1,14 +1,13 @@
-"""The options of training runs: one run, and several of them side by side."""
+"""The options of a fine-tuning run."""
 
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.options.adapter import AdapterOptions
 from lora_mini_jax.options.labels import LabelOptions
-from lora_mini_jax.options.training import COUNT, NOT_NEGATIVE, POSITIVE, Training
-from lora_mini_jax.spec import split_spec, to_pairs
+from lora_mini_jax.options.numbers import COUNT, NOT_NEGATIVE, POSITIVE
+from lora_mini_jax.options.training import Training
 
 if TYPE_CHECKING:
     from lora_mini_jax.data import Fields
@@ -68,7 +67,8 @@ class Finetune(Training, AdapterOptions, LabelOptions):
     """Compile one layer and run it as often as there are layers: deep models compile much sooner,
     and each step may take a little longer."""
     quantize: Literal["int8", "nf4"] | None = None
-    """Keep the base's linear kernels in 8 or 4 bits (needs qwix); saves memory with remat."""
+    """Keep the base's linear kernels in 8 or 4 bits (needs qwix). Use it with --remat full, or the
+    backward pass keeps dense kernels, and little memory is saved."""
     epochs: float = 2.0
     """Passes over the training data."""
     max_steps: int | None = None
@@ -100,57 +100,3 @@ class Finetune(Training, AdapterOptions, LabelOptions):
             self.messages_field,
             self.separator,
         )
-
-
-@dataclass(frozen=True)
-class Compare(Finetune):
-    """Run several methods and seeds on one task; table, JSON and plots."""
-
-    output_dir: str = "runs/compare"
-    """The folder of the comparison; every run has its own inside."""
-    methods: tuple[str, ...] = ("lora-mini", "lora")
-    """Methods, each with its own settings: lora-mini:rank=4,a=32,b=32,learning_rate=0.02 ..."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Every method is run with every seed."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.methods or not self.seeds:
-            raise UserError("--methods and --seeds need at least one each")
-        for spec in self.methods:
-            self.run_options(spec, self.seeds[0])
-
-    def run_options(self, spec: str, seed: int) -> Finetune:
-        """The options of one run: ``spec`` is a method's name and perhaps ``:key=value,...``."""
-        from lora_mini_jax.methods import method_class
-
-        name, given = split_spec(spec)
-        own, names = method_class(name).field_names(), {f.name: f.type for f in fields(Finetune)}
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Finetune)}
-        changed = {n: _typed(spec, n, v, names[n]) for n, v in given.items() if n in names}
-        # What is given for all goes to the methods that have it; what a spec says must fit.
-        settings = {n: v for n, v in self.parsed_settings().items() if n in own}
-        settings |= {n: v for n, v in given.items() if n not in names}
-        folder = str(Path(self.output_dir) / f"{_safe(spec)}-seed{seed}")
-        values |= {"method": name, "seed": seed, "output_dir": folder}
-        values |= {"settings": to_pairs(settings)} | changed
-        return Finetune(**values)
-
-
-def _safe(spec: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in spec)
-
-
-def _typed(spec: str, name: str, value: Any, kind: Any) -> Any:
-    """A setting of the run, as the option it stands for wants it."""
-    if "None" in str(kind) and value == "none":
-        return None
-    if "tuple" in str(kind):
-        return tuple(str(value).split("+"))
-    wanted = next((k for k in (bool, int, float) if k.__name__ in str(kind)), str)
-    fits = isinstance(value, int | float) if wanted is float else type(value) is wanted
-    if wanted is str:
-        return str(value)
-    if not fits:
-        raise UserError(f"{spec!r}: {name} must be a {wanted.__name__}, not {value!r}")
-    return wanted(value)

@@ -29,11 +29,14 @@ class LabelOptions:
     """A task of GLUE: sets task, text_fields, label_field, labels and metric. Its data come from
     the hub, or from the folder --data, as the hub or GLUE's authors lay it out."""
     text_fields: tuple[str, ...] = ()
-    """Field that holds the text to classify, or two, for pairs."""
+    """Field that holds the text to classify, or two, for pairs; with --task classification or
+    regression."""
     label_field: str | None = None
-    """Field that holds the class or the number; by default "label"."""
+    """Field that holds the class or the number, with --task classification or regression; by
+    default "label"."""
     labels: tuple[str, ...] = ()
-    """The classes in their order, where the data hold numbers or lack some of them."""
+    """The classes in their order, where the data hold numbers or lack some of them; with --task
+    classification."""
     metric: Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman", "mse"] | None = (
         None
     )

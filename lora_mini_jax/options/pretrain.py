@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from lora_mini_jax.options.adapter import BASE
-from lora_mini_jax.options.training import COUNT, SHARE, Training
+from lora_mini_jax.options.numbers import COUNT, SHARE
+from lora_mini_jax.options.training import Training
 
 FromScratch = Literal["full", "lora", "relora", "switchlora"]
 SIZES = (
@@ -46,6 +47,11 @@ class Pretrain(Training):
     """Evaluate on about this many held-out tokens, from all files alike; by default on all."""
     output_dir: str = "runs/pretrain"
     """The run folder: config, metrics, checkpoints, model and report."""
+
+    max_length: int = 256
+    """Tokens in a row; at most the positions of the model."""
+    eval_every: int | None = None
+    """Steps between two evaluations; by default only before and after."""
 
     tokenizer: str = BASE
     """A folder that holds tokenizer.json; by default the package's own, of 2048 ids."""

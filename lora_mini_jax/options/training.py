@@ -1,24 +1,19 @@
 """The options of every training run: how it trains, and where it keeps what it found."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.options.adapter import MethodOptions
-
-COUNT, POSITIVE, NOT_NEGATIVE, SHARE = (
-    "a whole number from 1",
-    "a number above 0",
-    "a number from 0",
-    "a number from 0 to 1",
+from lora_mini_jax.options.numbers import (
+    COUNT,
+    LIMIT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    wrong_numbers,
 )
-_FITS: dict[str, Callable[[Any], bool]] = {
-    COUNT: lambda value: value >= 1,
-    POSITIVE: lambda value: value > 0,
-    NOT_NEGATIVE: lambda value: value >= 0,
-    SHARE: lambda value: 0 <= value <= 1,
-}
 
 
 @dataclass(frozen=True)
@@ -34,9 +29,11 @@ class Training(MethodOptions):
             ("max_length", "batch_size", "accumulate", "log_every", "eval_every", "save_every"),
             COUNT,
         ),
-        **dict.fromkeys(("learning_rate", "max_grad_norm"), POSITIVE),
-        **dict.fromkeys(("weight_decay", "seed"), NOT_NEGATIVE),
+        "learning_rate": POSITIVE,
+        "max_grad_norm": LIMIT,
+        "weight_decay": NOT_NEGATIVE,
         "warmup_ratio": SHARE,
+        "seed": SEED,
     }
     """What the numbers may be; a subclass adds its own."""
 
@@ -55,9 +52,9 @@ class Training(MethodOptions):
     weight_decay: float = 0.0
     """Decoupled weight decay on the trained leaves."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this global norm."""
+    """Gradients are clipped to this global norm; inf clips nothing."""
     seed: int = 0
-    """Fixes the draw, the order of the data and everything else random."""
+    """Fixes the adapter's initial values, the order of the data and all else that is random."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the base and the computation; trained leaves and optimiser state are float32 always."""
     remat: Literal["none", "dots", "dots_no_batch", "full"] = "none"
@@ -86,12 +83,7 @@ class Training(MethodOptions):
     """Write TensorBoard logs into the run folder too (needs tensorboardX)."""
 
     def __post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in self.allowed}
-        wrong = [
-            f"--{name.replace('_', '-')} is {value}: give {self.allowed[name]}"
-            for name, value in given.items()
-            if value is not None and not _FITS[self.allowed[name]](value)
-        ]
+        wrong = wrong_numbers(self, self.allowed)
         if self.batch_size % max(self.accumulate, 1):
             wrong.append(
                 f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}"

@@ -64,7 +64,12 @@ def shape(options: Pretrain, tokenizer: Tokenizer) -> LlamaConfig:
     if {"hidden_size", "num_attention_heads"} & set(sizes):
         sizes["head_dim"] = 0  # what hidden_size over heads gives
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    config = replace(config, **sizes, **ids)
+    try:
+        config = replace(config, **sizes, **ids)
+    except UserError as error:  # which takes them for a file's
+        said = str(error).removesuffix("; correct config.json")
+        flags = " ".join(f"--{n.replace('_', '-')} {v}" for n, v in options.sizes().items())
+        raise UserError(f"{flags}, the rest as in {options.shape}: {said}; give others") from None
     check_length(options.max_length, config)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
