@@ -279,6 +279,17 @@ def test_merging_into_a_folder_in_use_is_refused(place, capsys):
     assert (place / "precious" / "d.jsonl").read_text() == "keep"
 
 
+@pytest.mark.parametrize("here", ["run", "data.jsonl"])
+def test_exporting_over_anything_but_an_export_is_refused_at_once(place, capsys, here, monkeypatch):
+    from lora_mini_jax.commands import adapters
+
+    monkeypatch.setattr(adapters, "load_for", lambda *given: pytest.fail("the model was read"))
+    before = sorted(place.rglob("*"))
+    argv = ["export", "--model", place / "model", "--adapter", place / "run" / "adapter"]
+    assert here in refused(capsys, *argv, "--output-dir", place / here)
+    assert sorted(place.rglob("*")) == before
+
+
 def test_inspect_counts_the_frozen_factors_that_are_saved(place, capsys):
     model = ["--model", str(place / "model"), "--method", "lora-mini-diag", "--rank", "4", "--json"]
     main(["inspect", *model])
