@@ -149,9 +149,11 @@ def as_key(key: jax.Array | int) -> jax.Array:
     backend, which drawing the frozen leaves again relies on.
 
     Raises:
-        UserError: a key of another generator.
+        UserError: a key of another generator, or a seed of more than 64 bits.
     """
     if isinstance(key, int):
+        if not -(2**63) <= key < 2**63:
+            raise UserError(f"seed {key} is not allowed: give a whole number below 2**63")
         return jax.random.key(key, impl=GENERATOR)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if key.shape != (2,):

@@ -110,6 +110,21 @@ def test_another_config_in_the_same_folder_is_refused(finished):
         quiet(dataclasses.replace(finished[0], learning_rate=0.5))
 
 
+def test_another_config_replaces_one_that_came_to_nothing(place):
+    given = options(place, output_dir=str(place / "nothing"), save_every=2, max_steps=3)
+    with stopped_at(1), pytest.raises(KeyboardInterrupt):
+        quiet(given)
+    assert {row["step"] for row in RunFolder(given).metrics()} == {0}
+    given = dataclasses.replace(given, learning_rate=0.5)
+    with stopped_at(2), pytest.raises(KeyboardInterrupt):
+        quiet(given)
+    config = json.loads((place / "nothing" / "config.json").read_text())
+    assert config["learning_rate"] == 0.5
+    with pytest.raises(UserError, match=r"another config \(learning_rate: 0.5 -> 0.01\)"):
+        quiet(dataclasses.replace(given, learning_rate=0.01))
+    quiet(given)
+
+
 def test_a_folder_that_is_no_run_is_refused_and_kept(place):
     other = place / "other"
     other.mkdir()
@@ -135,7 +150,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(
         patch.setattr(loop, "make_train_step", poisoned)
         poison = lambda self, i: {**batch(self, i), "poison": np.bool_(i == 3)}  # noqa: E731
         patch.setattr(Batches, "batch", poison)
-        with pytest.raises(UserError, match=r"loss nan .* at step 4: stopped"):
+        with pytest.raises(
+            UserError, match=r"loss nan .* at step 4: stopped.* another --output-dir"
+        ):
             quiet(given)
     kept = {p.name for p in (place / "diverged" / "checkpoints").iterdir()}
     assert "3" in kept
@@ -210,6 +227,7 @@ def test_lora_runs_through_the_same_door(place):
 def test_steps_and_schedule(place):
     given = options(place, max_steps=None, epochs=1.5, warmup_ratio=0.2, learning_rate=1.0)
     assert total_steps(given, 10) == 15
+    assert total_steps(dataclasses.replace(given, epochs=float("inf"), max_steps=7), 10) == 7
     rates = [float(np.asarray(learning_rate(given, 10)(i))) for i in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert all(a > b for a, b in pairwise(rates[2:]))

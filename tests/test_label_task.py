@@ -309,6 +309,6 @@ def test_a_run_from_before_these_options_goes_on(finished, place):
     saved = place / "older" / "config.json"
     config = json.loads(saved.read_text())
     saved.write_text(json.dumps({k: v for k, v in config.items() if k not in ("task", "keep")}))
-    RunFolder(given)
+    RunFolder(given).finish({})
     with pytest.raises(UserError, match="seed: 0 -> 5"):
         RunFolder(dataclasses.replace(given, seed=5))

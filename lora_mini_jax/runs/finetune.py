@@ -7,16 +7,16 @@ import jax
 
 from lora_mini_jax.adapter import Adapter, count
 from lora_mini_jax.calibration import calibrate
-from lora_mini_jax.choice import agreed
 from lora_mini_jax.devices import Devices
+from lora_mini_jax.errors import UserError
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.runs.best import Best
 from lora_mini_jax.runs.folder import Row, RunFolder
 from lora_mini_jax.runs.loop import Log, fit
-from lora_mini_jax.runs.meter import waited
+from lora_mini_jax.runs.meter import check_start, waited
 from lora_mini_jax.runs.report import run_report
 from lora_mini_jax.runs.schedule import of_length, optimizer
-from lora_mini_jax.runs.search import searched
+from lora_mini_jax.runs.search import check_search, searched
 from lora_mini_jax.storage import save
 from lora_mini_jax.tasks.task import Task, prepare
 
@@ -43,16 +43,17 @@ def finetune(options: Finetune, say: Log = print) -> Row:
         say(f"{folder.path} is finished already; nothing to do")
         return done
     devices = Devices.of(options)
+    check_start(options)
     task = prepare(options)
-    agreed(task.sites)  # or a search could not begin
+    check_search(task)
+    steps = total_steps(options, len(task.train))
+    sites = of_length(task.sites, steps, options.parsed_settings())
     folder.create()
     for note in task.notes:
         say(note)
 
     # Training, with the held-out loss before and after.
-    steps = total_steps(options, len(task.train))
     before = task.samples(None)
-    sites = of_length(task.sites, steps, options.parsed_settings())
     adapter = devices.draw(task.params, sites, options.seed)
     first = (devices.batch(task.train, i) for i in range(min(CALIBRATION_BATCHES, steps)))
     adapter = calibrate(adapter, task.params, task.loss, first, has_aux=True)
@@ -111,6 +112,14 @@ def summarize(
 
 
 def total_steps(options: Finetune, steps_per_epoch: int) -> int:
-    """How many updates the options ask for."""
+    """How many updates the options ask for.
+
+    Raises:
+        UserError: an endless run.
+    """
+    if math.isinf(options.epochs):
+        if options.max_steps is None:
+            raise UserError("--epochs inf never ends: give --max-steps, or a number of epochs")
+        return options.max_steps
     steps = max(1, math.ceil(options.epochs * steps_per_epoch))
     return min(steps, options.max_steps) if options.max_steps else steps

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from lora_mini_jax.adapter import as_key
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import writes
 from lora_mini_jax.options import Training
@@ -77,8 +78,9 @@ class Meter:
         if bad.size:
             raise UserError(
                 f"loss {losses[bad[0]]} with gradient norm {norms[bad[0]]} at step "
-                f"{first + bad[0] + 1}: stopped; the checkpoints from before are kept in "
-                f"{self._folder.checkpoints}. Lower --learning-rate, or look at the data"
+                f"{first + bad[0] + 1}: stopped; begin again with a lower --learning-rate and "
+                "another --output-dir, or look at the data (checkpoints from before, if there "
+                f"are any, stay in {self._folder.checkpoints})"
             )
         now = time.monotonic()
         elapsed, n = max(now - self._last, 1e-9), len(self._pending)
@@ -126,9 +128,27 @@ def waited(rows: Iterable[Row]) -> float | None:
     return waits / seconds if seconds else None
 
 
+def check_start(options: Training) -> None:
+    """What a run would stumble over only when its folder is there.
+
+    Raises:
+        UserError: a seed that JAX cannot take, or TensorBoard's logs without their writer.
+    """
+    as_key(options.seed)
+    if options.tensorboard and writes():
+        _writer()
+
+
 def _board(folder: RunFolder) -> Any:
+    return _writer()(str(folder.path / "tensorboard"))
+
+
+def _writer() -> Any:
     try:
         from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs tensorboardX: pip install tensorboardX") from None
-    return SummaryWriter(str(folder.path / "tensorboard"))
+    except Exception as error:  # one that does not suit its protobuf raises whatever it likes
+        raise UserError(
+            f"--tensorboard needs tensorboardX, which cannot be imported ({error}): "
+            "pip install tensorboardX"
+        ) from None
+    return SummaryWriter

@@ -21,6 +21,7 @@ from lora_mini_jax.models import save
 from lora_mini_jax.options import Pretrain
 from lora_mini_jax.runs.folder import Row, RunFolder
 from lora_mini_jax.runs.loop import Log, fit
+from lora_mini_jax.runs.meter import check_start
 from lora_mini_jax.runs.plots import loss_curves
 from lora_mini_jax.runs.report import points, settings_html, write_page
 from lora_mini_jax.runs.schedule import optimizer
@@ -68,6 +69,7 @@ def pretrain(options: Pretrain, say: Log = print) -> Row:
         say(f"{folder.path} is finished already; nothing to do")
         return done
     devices = Devices.of(options)  # a mesh that does not fit shows before all text is read
+    check_start(options)
     task = prepare(options)
     folder.create()
     say(f"{task.train.packed.loss_mask.sum():,} tokens to train on, "
