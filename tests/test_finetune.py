@@ -8,16 +8,18 @@ from itertools import pairwise
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file
 
 import lora_mini_jax.runs.finetune as module
 from lora_mini_jax import LoRAMini, UserError, storage
-from lora_mini_jax.data import Batches
+from lora_mini_jax.data import Batches, Tokenizer
 from lora_mini_jax.models import load
 from lora_mini_jax.runs import loop
 from lora_mini_jax.runs.finetune import finetune, total_steps
 from lora_mini_jax.runs.folder import RunFolder
 from lora_mini_jax.runs.schedule import learning_rate
+from lora_mini_jax.tasks.language import continuation
 from lora_mini_jax.tasks.task import prepare
 from tests.runs import options, stopped_at, write_data
 
@@ -189,6 +191,38 @@ def test_examples_that_are_too_long_are_counted_and_reported(place):
     assert any("1 training examples were skipped" in note for note in summary["notes"])
     with pytest.raises(UserError, match="104 tokens"):
         quiet(dataclasses.replace(given, overlong="error", output_dir=str(place / "long2")))
+
+
+def test_examples_that_were_cut_are_called_so(place):
+    given = options(place, max_length=8, overlong="truncate", separator="", samples=0)
+    data = place / "cut.jsonl"
+    rows = [{"q": "a", "a": "b" * n} for n in (2, 20, 20)] + [{"q": "x" * 30, "a": "y"}] * 3
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    notes = prepare(dataclasses.replace(given, data=str(data), valid=str(data))).notes
+    assert "2 training examples were cut at 8 tokens" in notes
+    assert "3 training examples were skipped: with nothing to learn in them" in notes
+
+
+def test_samples_need_room_in_the_model_alone(place):
+    given = options(place, max_length=64, max_new_tokens=100, samples=2, valid=options(place).data)
+    task = prepare(given)
+    assert len(task.prompts) == 2
+    assert task.notes == []
+    task = prepare(dataclasses.replace(given, max_new_tokens=120))
+    assert task.prompts == []
+    assert task.notes == ["0 of 2 samples: of 48 held-out examples, no more have a prompt that "
+                          "leaves room for 120 new tokens"]  # fmt: skip
+
+
+def test_a_continuation_keeps_the_space_before_its_first_word():
+    words = tokenizers.models.WordLevel({"▁once": 0, "▁upon": 1, "n": 2}, unk_token="n")
+    backend = tokenizers.Tokenizer(words)
+    backend.decoder = tokenizers.decoders.Metaspace()  # ty: ignore[invalid-assignment]
+    tokenizer = Tokenizer(backend, None, None, 3, None, {})
+    assert tokenizer.decode([1]) == "upon"
+    assert continuation(tokenizer, [0], [1]) == " upon"
+    assert continuation(tokenizer, [0], [2, 1]) == "n upon"
+    assert continuation(tokenizer, [], [1]) == "upon"
 
 
 def test_dropout_is_for_training_and_not_for_evaluation(finished, place):

@@ -228,6 +228,8 @@ def test_files_are_held_out_whole_and_by_name(place, tmp_path):
     assert hold_out(list(reversed(texts)), 0.25)[1] == valid
     with pytest.raises(UserError, match=r"1 of 1 text files .* --valid"):
         hold_out(texts[:1], 0.25)
+    with pytest.raises(UserError, match=r"--held-out 0 holds out no file.* --valid"):
+        hold_out(texts, 0.0)
     given = options(place, valid=(str(place / "texts" / "part1"),))
     sizes = [int(b.packed.loss_mask.sum()) for b in (prepare(given).train, prepare(given).valid)]
     tokens = {t.name: len(t.path.read_bytes()) + 1 for t in texts}  # bytes are tokens, and eos

@@ -19,6 +19,7 @@ from lora_mini_jax.options import Export, Generate, Merge
 from lora_mini_jax.peft import config, tensors
 from lora_mini_jax.runs.finetune import Log
 from lora_mini_jax.tasks.head import head_of, load_for
+from lora_mini_jax.tasks.language import continuation
 from lora_mini_jax.transform import merge
 
 
@@ -37,18 +38,21 @@ def run_generate(options: Generate, say: Log = print) -> list[str]:
     if options.adapter is not None:
         allow = options.allow_different_base
         adapter = storage.load(options.adapter, params, allow_different_base=allow)
-    ids_of = source_ids if answers else _prompt_ids
+    prompts = (source_ids if answers else _prompt_ids)(tokenizer, options.prompt)
     written = generate(
         model,
         params,
-        ids_of(tokenizer, options.prompt),
+        prompts,
         adapter=adapter,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
     )
-    texts = [tokenizer.decode(ids) for ids in written]
+    texts = [
+        tokenizer.decode(ids) if answers else continuation(tokenizer, prompt, ids)
+        for prompt, ids in zip(prompts, written, strict=True)
+    ]
     for prompt, text in zip(options.prompt, texts, strict=True):
         say(text if answers else prompt + text)
     return texts
