@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import time
 from itertools import pairwise
 
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from lora_mini_jax.runs import loop
 from lora_mini_jax.runs.finetune import finetune, total_steps
 from lora_mini_jax.runs.folder import RunFolder
 from lora_mini_jax.runs.schedule import learning_rate
+from lora_mini_jax.tasks import language
 from lora_mini_jax.tasks.language import continuation
 from lora_mini_jax.tasks.task import prepare
 from tests.runs import options, stopped_at, write_data
@@ -205,10 +207,10 @@ def test_examples_that_were_cut_are_called_so(place):
 
 def test_samples_need_room_in_the_model_alone(place):
     given = options(place, max_length=64, max_new_tokens=100, samples=2, valid=options(place).data)
-    task = prepare(given)
+    task = language.prepare(given)
     assert len(task.prompts) == 2
     assert task.notes == []
-    task = prepare(dataclasses.replace(given, max_new_tokens=120))
+    task = language.prepare(dataclasses.replace(given, max_new_tokens=120))
     assert task.prompts == []
     assert task.notes == ["0 of 2 samples: of 48 held-out examples, no more have a prompt that "
                           "leaves room for 120 new tokens"]  # fmt: skip
@@ -217,7 +219,7 @@ def test_samples_need_room_in_the_model_alone(place):
 def test_a_continuation_keeps_the_space_before_its_first_word():
     words = tokenizers.models.WordLevel({"▁once": 0, "▁upon": 1, "n": 2}, unk_token="n")
     backend = tokenizers.Tokenizer(words)
-    backend.decoder = tokenizers.decoders.Metaspace()  # ty: ignore[invalid-assignment]
+    backend.decoder = tokenizers.decoders.Metaspace()
     tokenizer = Tokenizer(backend, None, None, 3, None, {})
     assert tokenizer.decode([1]) == "upon"
     assert continuation(tokenizer, [0], [1]) == " upon"
@@ -244,6 +246,17 @@ def test_dropout_is_for_training_and_not_for_evaluation(finished, place):
     assert all(site.method.dropout == 0.5 for site in adapter.sites)
     found = loop.make_evaluate(task)(without)
     assert found["valid_loss"] == dropped["valid_loss_after"] != summary["valid_loss_after"]
+
+
+def test_the_time_of_saving_is_no_training_time(place, monkeypatch):
+    def slowly(self, state, save=loop.Checkpoints.save):
+        time.sleep(0.5)
+        save(self, state)
+
+    monkeypatch.setattr(loop.Checkpoints, "save", slowly)
+    common = {"save_every": 1, "log_every": 1, "samples": 0, "max_steps": 4}
+    summary = quiet(options(place, output_dir=str(place / "slowly"), **common))
+    assert summary["step_seconds"] < 0.4
 
 
 def test_lora_runs_through_the_same_door(place):

@@ -1,9 +1,6 @@
 """The fine-tuning run: read, resume, train, evaluate, save. One function, in chapters."""
 
 import math
-from statistics import median
-
-import jax
 
 from lora_mini_jax.adapter import Adapter, count
 from lora_mini_jax.calibration import calibrate
@@ -13,12 +10,13 @@ from lora_mini_jax.options import Finetune
 from lora_mini_jax.runs.best import Best
 from lora_mini_jax.runs.folder import Row, RunFolder
 from lora_mini_jax.runs.loop import Log, fit
-from lora_mini_jax.runs.meter import check_start, waited
+from lora_mini_jax.runs.meter import check_start, typical, waited
 from lora_mini_jax.runs.report import run_report
 from lora_mini_jax.runs.schedule import of_length, optimizer
 from lora_mini_jax.runs.search import check_search, searched
 from lora_mini_jax.storage import save
 from lora_mini_jax.tasks.task import Task, prepare
+from lora_mini_jax.tree import flatten
 
 CALIBRATION_BATCHES = 8
 """Batches of training data for factors that come from data."""
@@ -85,7 +83,6 @@ def summarize(
     held_out = [row for row in rows if "valid_loss" in row]
     after = next(row for row in reversed(held_out) if row["step"] == step)
     measures = [name for name in after if name.startswith("valid_")]
-    times = [row["step_seconds"] for row in rows if "step_seconds" in row]
     trainable = count(adapter)
     return {
         "model": options.model,
@@ -99,10 +96,10 @@ def summarize(
         "kept": "best" if options.keeps_best else "last",
         "kept_step": step,
         "trainable": trainable,
-        "trainable_share": trainable / sum(x.size for x in jax.tree.leaves(task.params)),
+        "trainable_share": trainable / sum(leaf.size for leaf in flatten(task.params).values()),
         **{f"{name}_before": held_out[0][name] for name in measures},
         **{f"{name}_after": after[name] for name in measures},
-        "step_seconds": median(times[1:] or times),  # the first has the warming up in it
+        "step_seconds": typical(rows, "step_seconds"),
         "data_wait_share": waited(rows),
         "step_bytes": next((row["step_bytes"] for row in rows if "step_bytes" in row), None),
         "adapter_bytes": sum(file.stat().st_size for file in folder.adapter.iterdir()),

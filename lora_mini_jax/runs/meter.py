@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from itertools import chain
+from statistics import median
 from typing import Any, TypeVar
 
 import jax
@@ -98,6 +100,10 @@ class Meter:
         self._last = time.monotonic()
         self._write(found)
 
+    def saved(self) -> None:
+        """After `flush`: nor is the time since then, of a checkpoint or the best adapter."""
+        self._last = time.monotonic()
+
     def compiled(self, step: jax.stages.Compiled) -> None:
         """Write how much memory the compiled step needs: its arguments, results that are not
         written over them, and temporaries. Nor is the time to compile counted as training."""
@@ -126,6 +132,16 @@ def waited(rows: Iterable[Row]) -> float | None:
         seconds, waits = seconds + took, waits + took * row["data_wait_share"]
         before = row["step"]
     return waits / seconds if seconds else None
+
+
+def typical(rows: Iterable[Row], name: str) -> float:
+    """The median over a run's steps of what the lines of its metrics say of so many steps each. The
+    first line has the warming up in it, and counts only where there is no other."""
+    values, before = [], 0
+    for row in (row for row in rows if name in row):
+        values.append([row[name]] * (row["step"] - before))
+        before = row["step"]
+    return median(chain.from_iterable(values[1:] or values))
 
 
 def check_start(options: Training) -> None:
