@@ -111,4 +111,4 @@ def _svg(figure: Any) -> str:
     svg = "<svg" + buffer.getvalue().partition("<svg")[2]
     # Every picture names its parts alike, and on a page a name may be there once.
     own = hashlib.sha256(svg.encode()).hexdigest()[:8]
-    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>p{own}-", svg)
+    return re.sub(r'((?:\bid="|href="#|url\(#)[^")]+)', rf"\1-{own}", svg)
