@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,8 +45,8 @@ def quiet(given):
 def test_a_run_folder_holds_what_is_promised(finished, place):
     folder = place / "finished"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "checkpoints", "adapter", "summary.json",
-                     "report.html"}  # fmt: skip
+    assert names == {"config.json", "data.json", "metrics.jsonl", "checkpoints", "adapter",
+                     "summary.json", "report.html"}  # fmt: skip
     assert {p.name for p in (folder / "adapter").iterdir()} == {
         "adapter.json",
         "adapter.safetensors",
@@ -127,6 +128,21 @@ def test_another_config_replaces_one_that_came_to_nothing(place):
     with pytest.raises(UserError, match=r"another config \(learning_rate: 0.5 -> 0.01\)"):
         quiet(dataclasses.replace(given, learning_rate=0.01))
     quiet(given)
+
+
+@pytest.mark.parametrize("changed", ["data", "valid"])
+def test_a_run_does_not_go_on_with_other_data(place, changed):
+    own = {name: str(write_data(place / f"{changed}-{name}.jsonl")) for name in ("data", "valid")}
+    given = options(place, **own, output_dir=str(place / f"other-{changed}"), save_every=1)
+    with stopped_at(3), pytest.raises(KeyboardInterrupt):
+        quiet(given)
+    file = Path(own[changed])
+    before = file.read_text()
+    file.write_text(before.replace("red", "rot"))
+    with pytest.raises(UserError, match="holds a run on other data"):
+        quiet(given)
+    file.write_text(before)
+    quiet(dataclasses.replace(given, cache_dir="none"))
 
 
 def test_a_folder_that_is_no_run_is_refused_and_kept(place):

@@ -46,7 +46,7 @@ def finetune(options: Finetune, say: Log = print) -> Row:
     check_search(task)
     steps = total_steps(options, len(task.train))
     sites = of_length(task.sites, steps, options.parsed_settings())
-    folder.create()
+    folder.create(train=task.train, valid=task.valid)
     for note in task.notes:
         say(note)
 

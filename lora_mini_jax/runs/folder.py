@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lora_mini_jax.data import Batches
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import read_json, read_object, write_json, write_text, writes, writing
 from lora_mini_jax.options import Training, defaults, differences, to_json
@@ -15,7 +16,7 @@ from lora_mini_jax.processes import together
 Row = dict[str, Any]
 ELSEWHERE = ("output_dir", "cache_dir", "mesh", "coordinator", "processes", "process")
 """Options that a run may go on with another way: where it runs is not what it computes."""
-PASSING = ("metrics.jsonl", "tensorboard", "checkpoints", "matrix.json")
+PASSING = ("data.json", "metrics.jsonl", "tensorboard", "checkpoints", "matrix.json")
 """What is of no use without a checkpoint, an adapter or a summary."""
 
 
@@ -61,14 +62,26 @@ class RunFolder:
         names = {path.name for path in self.path.iterdir()}
         return names <= {self.saved_as, *PASSING} and not any(self.checkpoints.glob("[0-9]*"))
 
-    def create(self) -> None:
-        """Make the folder, with the options in it."""
+    def create(self, **data: Batches) -> None:
+        """Make the folder, with the options in it, and what tells ``data`` from other data.
+
+        Raises:
+            UserError: training began on other data than this.
+        """
+        told, path = {name: part.told for name, part in data.items()}, self.path / "data.json"
+        if path.exists() and read_object(path) != told and not self._nothing_to_lose():
+            raise UserError(
+                f"{self.path} holds a run on other data: what its options name, or the tokenizer, "
+                "has changed since it began; give it the same again, or another --output-dir"
+            )
         if writes():
             with writing(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 for name in PASSING if self._replaces else ():
                     _remove(self.path / name)
         write_json(self._saved, self._config)
+        if told:
+            write_json(path, told)
         together("run folder made")
 
     @property

@@ -71,7 +71,7 @@ def pretrain(options: Pretrain, say: Log = print) -> Row:
     devices = Devices.of(options)  # a mesh that does not fit shows before all text is read
     check_start(options)
     task = prepare(options)
-    folder.create()
+    folder.create(train=task.train, valid=task.valid)
     say(f"{task.train.packed.loss_mask.sum():,} tokens to train on, "
         f"{task.valid.packed.loss_mask.sum():,} held out")  # fmt: skip
 
