@@ -156,9 +156,11 @@ def as_key(key: Any) -> jax.Array:
     backend, which drawing the frozen leaves again relies on.
 
     Raises:
-        UserError: a key of another generator.
+        UserError: a key of another generator, or a seed of more than 64 bits.
     """
     if isinstance(key, Integral):
+        if not -(2**63) <= key < 2**63:
+            raise UserError(f"seed {key} is not allowed: give a whole number below 2**63")
         return jax.random.key(int(key), impl=GENERATOR)
     if not hasattr(key, "dtype"):
         raise UserError(f"a random key is a seed or one of JAX's keys, not {key!r}: give one")

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ def writes() -> bool:
 def new_folder(path: str | Path) -> Generator[Path]:
     """A temporary folder beside ``path`` that takes its place when the block ends without error.
 
-    What was at ``path`` before stays until the new folder is complete, and for good if it fails.
+    What was at ``path`` before stays until the new folder is complete, and for good if it fails or
+    if anything else lies there than files of the new one's names. A link to a folder stays one.
 
     Raises:
-        UserError: no permission, a full disk, or a file in the way.
+        UserError: no permission, a full disk, or what `check_replaceable` raises.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as home:
@@ -42,18 +43,18 @@ def new_folder(path: str | Path) -> Generator[Path]:
         ...     (Path(home) / "out" / "a.txt").read_text()
         'whole'
     """
-    path = Path(path)
     if not _writes:
         with tempfile.TemporaryDirectory() as unused:
             yield Path(unused)
         return
     with writing(path):
+        path = Path(path).resolve()
+        check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file: name a folder to write to")
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
         try:
             yield temporary
+            check_replaceable(path, {file.name for file in temporary.iterdir()})
             # What mkdtemp and safetensors make is for the owner alone; the umask knows better.
             os.chmod(temporary, 0o777 & ~_umask())
             for file in temporary.iterdir():
@@ -65,6 +66,25 @@ def new_folder(path: str | Path) -> Generator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(path: str | Path, names: Collection[str] | None = None) -> None:
+    """Whether a new folder may take the place of what is at ``path``: nothing, an empty folder, or
+    one that holds only files of these ``names``, if they are given.
+
+    Raises:
+        UserError: a file, the current directory, or a folder that holds something else.
+    """
+    path = Path(path).resolve()
+    if path.is_file():
+        raise UserError(f"{path} is a file: name a folder to write to")
+    if path == Path.cwd():
+        raise UserError(f"{path} is the current directory: name a folder in it to write to")
+    if names is None or not path.exists():
+        return
+    others = (file.name for file in path.iterdir() if file.name not in names or file.is_dir())
+    if other := min(others, default=None):
+        raise UserError(f"{path} holds something else, {other}: choose another folder to write to")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -134,6 +154,10 @@ def writing(path: str | Path) -> Generator[None]:
             errno.EROFS,
             errno.ENOTDIR,
             errno.EEXIST,
+            errno.EISDIR,
+            errno.ENAMETOOLONG,
+            errno.EBUSY,
+            errno.ENOTEMPTY,
         ):
             raise UserError(f"cannot write {path}: {os.strerror(number)}") from None
         raise

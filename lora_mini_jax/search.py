@@ -37,12 +37,8 @@ def halves(batches: Batches, seed: int = 0) -> tuple[Batches, Batches]:
     Raises:
         UserError: fewer than two rows.
     """
+    check_halves(batches)
     rows = len(batches.packed.tokens)
-    if rows < 2:
-        raise UserError(
-            "a search needs two rows of training data at least, there is one: give more data, or a "
-            "lower --max-length"
-        )
     order = np.random.default_rng(seed).permutation(rows)
     parts = np.sort(order[rows // 2 :]), np.sort(order[: rows // 2])
     one, other = (
@@ -50,6 +46,15 @@ def halves(batches: Batches, seed: int = 0) -> tuple[Batches, Batches]:
         for part in parts
     )
     return replace(batches, packed=one), replace(batches, packed=other)
+
+
+def check_halves(batches: Batches) -> None:
+    """Raise `UserError` unless there are two rows."""
+    if len(batches.packed.tokens) < 2:
+        raise UserError(
+            "a search needs two rows of training data at least, there is one: give more data, or a "
+            "lower --max-length"
+        )
 
 
 def search_state(

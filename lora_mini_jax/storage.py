@@ -35,7 +35,7 @@ def save(
     base: str = "",
     task: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write an adapter to a folder, whole or not at all; what was there before is replaced.
+    """Write an adapter to a folder, whole or not at all; an adapter there before is replaced.
 
     Args:
         folder: where to; made if need be.
@@ -46,7 +46,7 @@ def save(
         task: what it was trained for, as JSON; kept for `record_of`.
 
     Raises:
-        UserError: a disk that is full, or a folder that cannot be written.
+        UserError: a disk that is full, a folder that cannot be written or holds something else.
 
     Example:
         >>> import tempfile

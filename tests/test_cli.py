@@ -140,6 +140,71 @@ def test_compare_runs_methods_and_seeds(place, capsys):
     assert (place / "both" / "report.html").exists()
 
 
+def test_a_folder_is_of_one_comparison_or_of_one_run(place, capsys, monkeypatch):
+    from lora_mini_jax.runs import compare as module
+
+    given = ["--config", place / "config.json", "--max-steps", "1", "--seeds", "0"]
+    lora, other = ("--methods", "lora:rank=1"), ("--methods", "lora:rank=2")
+    own = ["--output-dir", place / "one"]
+    main([str(word) for word in ("compare", *given, *lora, *own)])
+    finished = (place / "one" / "summary.json").read_bytes()
+    monkeypatch.setattr(module, "planned", lambda options: pytest.fail("work has begun"))
+    said = refused(capsys, "compare", *given, *other, *own)
+    assert "methods: ['lora:rank=1'] -> ['lora:rank=2']" in said
+    assert (place / "one" / "summary.json").read_bytes() == finished
+    run = (place / "run" / "summary.json").read_bytes()
+    said = refused(capsys, "compare", *given, *lora, "--output-dir", place / "run")
+    assert "no comparison.json" in said
+    assert (place / "run" / "summary.json").read_bytes() == run
+    said = refused(capsys, "finetune", "--config", place / "config.json", *own)
+    assert "no config.json" in said
+    said = refused(capsys, "pretrain", "--data", place, "--output-dir", place / "run")
+    assert "a run of another command" in said
+    monkeypatch.undo()
+    main([str(word) for word in ("compare", *given, *lora, *own)])  # the same again
+    (place / "one" / "summary.json").unlink()  # as one that was stopped
+    main([str(word) for word in ("compare", *given, *other, *own)])
+
+
+def test_a_demo_touches_no_other_folder(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("mine")
+    assert "not a run folder" in refused(capsys, "demo", "--output-dir", tmp_path)
+    assert (tmp_path / "data" / "train.jsonl").read_text() == "mine"
+    said = refused(capsys, "demo", "--output-dir", tmp_path / "new", "--steps", "0")
+    assert "--steps is 0" in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_whose_name_is_too_long_is_one_line(place, capsys):
+    argv = ["finetune", "--config", place / "config.json", "--output-dir", place / ("x" * 300)]
+    assert "File name too long" in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--method", "adalora", "--tinit", "5", "--max-steps", "4"], "tinit"),
+        (["--method", "diffora", "--inner", "lora", "--max-train-examples", "2"], "two rows"),
+        (["--epochs", "inf"], "--epochs inf never ends: give --max-steps"),
+        (["--seed", "9" * 20], "seed 99999999999999999999"),
+        (["--tensorboard"], "cannot be imported (no such descriptor)"),
+    ],
+)
+def test_what_cannot_begin_leaves_no_folder(place, capsys, monkeypatch, argv, said):
+    def broken(name, *args, real=__import__, **kwargs):
+        if name == "tensorboardX":
+            raise TypeError("no such descriptor")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.__import__", broken)
+    given = options(place)
+    words = f"finetune --model {given.model} --data {given.data} --max-length 64"
+    fields = ["--prompt-field", "q", "--completion-field", "a", "--output-dir", place / "none"]
+    assert said in refused(capsys, *words.split(), *fields, *argv)
+    assert not (place / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -284,6 +349,17 @@ def test_merging_into_a_folder_in_use_is_refused(place, capsys):
     argv = ["merge", "--model", place / "model", "--adapter", place / "run" / "adapter"]
     assert "precious" in refused(capsys, *argv, "--output-dir", place / "precious")
     assert (place / "precious" / "d.jsonl").read_text() == "keep"
+
+
+@pytest.mark.parametrize("here", ["run", "data.jsonl"])
+def test_exporting_over_anything_but_an_export_is_refused_at_once(place, capsys, here, monkeypatch):
+    from lora_mini_jax.commands import adapters
+
+    monkeypatch.setattr(adapters, "load_for", lambda *given: pytest.fail("the model was read"))
+    before = sorted(place.rglob("*"))
+    argv = ["export", "--model", place / "model", "--adapter", place / "run" / "adapter"]
+    assert here in refused(capsys, *argv, "--output-dir", place / here)
+    assert sorted(place.rglob("*")) == before
 
 
 def test_inspect_counts_the_frozen_factors_that_are_saved(place, capsys):

@@ -3,21 +3,26 @@
 import dataclasses
 import json
 import shutil
+import time
 from itertools import pairwise
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file
 
 import lora_mini_jax.runs.finetune as module
 from lora_mini_jax import LoRAMini, UserError, storage
-from lora_mini_jax.data import Batches
+from lora_mini_jax.data import Batches, Tokenizer
 from lora_mini_jax.models import load
 from lora_mini_jax.runs import loop
 from lora_mini_jax.runs.finetune import finetune, total_steps
 from lora_mini_jax.runs.folder import RunFolder
 from lora_mini_jax.runs.schedule import learning_rate
+from lora_mini_jax.tasks import language
+from lora_mini_jax.tasks.language import continuation
 from lora_mini_jax.tasks.task import prepare
 from tests.runs import options, stopped_at, write_data
 
@@ -40,8 +45,8 @@ def quiet(given):
 def test_a_run_folder_holds_what_is_promised(finished, place):
     folder = place / "finished"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "checkpoints", "adapter", "summary.json",
-                     "report.html"}  # fmt: skip
+    assert names == {"config.json", "data.json", "metrics.jsonl", "checkpoints", "adapter",
+                     "summary.json", "report.html"}  # fmt: skip
     assert {p.name for p in (folder / "adapter").iterdir()} == {
         "adapter.json",
         "adapter.safetensors",
@@ -110,6 +115,36 @@ def test_another_config_in_the_same_folder_is_refused(finished):
         quiet(dataclasses.replace(finished[0], learning_rate=0.5))
 
 
+def test_another_config_replaces_one_that_came_to_nothing(place):
+    given = options(place, output_dir=str(place / "nothing"), save_every=2, max_steps=3)
+    with stopped_at(1), pytest.raises(KeyboardInterrupt):
+        quiet(given)
+    assert {row["step"] for row in RunFolder(given).metrics()} == {0}
+    given = dataclasses.replace(given, learning_rate=0.5)
+    with stopped_at(2), pytest.raises(KeyboardInterrupt):
+        quiet(given)
+    config = json.loads((place / "nothing" / "config.json").read_text())
+    assert config["learning_rate"] == 0.5
+    with pytest.raises(UserError, match=r"another config \(learning_rate: 0.5 -> 0.01\)"):
+        quiet(dataclasses.replace(given, learning_rate=0.01))
+    quiet(given)
+
+
+@pytest.mark.parametrize("changed", ["data", "valid"])
+def test_a_run_does_not_go_on_with_other_data(place, changed):
+    own = {name: str(write_data(place / f"{changed}-{name}.jsonl")) for name in ("data", "valid")}
+    given = options(place, **own, output_dir=str(place / f"other-{changed}"), save_every=1)
+    with stopped_at(3), pytest.raises(KeyboardInterrupt):
+        quiet(given)
+    file = Path(own[changed])
+    before = file.read_text()
+    file.write_text(before.replace("red", "rot"))
+    with pytest.raises(UserError, match="holds a run on other data"):
+        quiet(given)
+    file.write_text(before)
+    quiet(dataclasses.replace(given, cache_dir="none"))
+
+
 def test_a_folder_that_is_no_run_is_refused_and_kept(place):
     other = place / "other"
     other.mkdir()
@@ -135,7 +170,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(
         patch.setattr(loop, "make_train_step", poisoned)
         poison = lambda self, i: {**batch(self, i), "poison": np.bool_(i == 3)}  # noqa: E731
         patch.setattr(Batches, "batch", poison)
-        with pytest.raises(UserError, match=r"loss nan .* at step 4: stopped"):
+        with pytest.raises(
+            UserError, match=r"loss nan .* at step 4: stopped.* another --output-dir"
+        ):
             quiet(given)
     kept = {p.name for p in (place / "diverged" / "checkpoints").iterdir()}
     assert "3" in kept
@@ -174,6 +211,38 @@ def test_examples_that_are_too_long_are_counted_and_reported(place):
         quiet(dataclasses.replace(given, overlong="error", output_dir=str(place / "long2")))
 
 
+def test_examples_that_were_cut_are_called_so(place):
+    given = options(place, max_length=8, overlong="truncate", separator="", samples=0)
+    data = place / "cut.jsonl"
+    rows = [{"q": "a", "a": "b" * n} for n in (2, 20, 20)] + [{"q": "x" * 30, "a": "y"}] * 3
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    notes = prepare(dataclasses.replace(given, data=str(data), valid=str(data))).notes
+    assert "2 training examples were cut at 8 tokens" in notes
+    assert "3 training examples were skipped: with nothing to learn in them" in notes
+
+
+def test_samples_need_room_in_the_model_alone(place):
+    given = options(place, max_length=64, max_new_tokens=100, samples=2, valid=options(place).data)
+    task = language.prepare(given)
+    assert len(task.prompts) == 2
+    assert task.notes == []
+    task = language.prepare(dataclasses.replace(given, max_new_tokens=120))
+    assert task.prompts == []
+    assert task.notes == ["0 of 2 samples: of 48 held-out examples, no more have a prompt that "
+                          "leaves room for 120 new tokens"]  # fmt: skip
+
+
+def test_a_continuation_keeps_the_space_before_its_first_word():
+    words = tokenizers.models.WordLevel({"▁once": 0, "▁upon": 1, "n": 2}, unk_token="n")
+    backend = tokenizers.Tokenizer(words)
+    backend.decoder = tokenizers.decoders.Metaspace()
+    tokenizer = Tokenizer(backend, None, None, 3, None, {})
+    assert tokenizer.decode([1]) == "upon"
+    assert continuation(tokenizer, [0], [1]) == " upon"
+    assert continuation(tokenizer, [0], [2, 1]) == "n upon"
+    assert continuation(tokenizer, [], [1]) == "upon"
+
+
 def test_dropout_is_for_training_and_not_for_evaluation(finished, place):
     plain, summary = finished
     settings = (*plain.settings, "dropout=0.5")
@@ -195,6 +264,17 @@ def test_dropout_is_for_training_and_not_for_evaluation(finished, place):
     assert found["valid_loss"] == dropped["valid_loss_after"] != summary["valid_loss_after"]
 
 
+def test_the_time_of_saving_is_no_training_time(place, monkeypatch):
+    def slowly(self, state, save=loop.Checkpoints.save):
+        time.sleep(0.5)
+        save(self, state)
+
+    monkeypatch.setattr(loop.Checkpoints, "save", slowly)
+    common = {"save_every": 1, "log_every": 1, "samples": 0, "max_steps": 4}
+    summary = quiet(options(place, output_dir=str(place / "slowly"), **common))
+    assert summary["step_seconds"] < 0.4
+
+
 def test_lora_runs_through_the_same_door(place):
     given = dataclasses.replace(
         options(place, max_steps=2, tensorboard=True),
@@ -210,6 +290,7 @@ def test_lora_runs_through_the_same_door(place):
 def test_steps_and_schedule(place):
     given = options(place, max_steps=None, epochs=1.5, warmup_ratio=0.2, learning_rate=1.0)
     assert total_steps(given, 10) == 15
+    assert total_steps(dataclasses.replace(given, epochs=float("inf"), max_steps=7), 10) == 7
     rates = [float(np.asarray(learning_rate(given, 10)(i))) for i in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert all(a > b for a, b in pairwise(rates[2:]))

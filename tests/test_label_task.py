@@ -303,12 +303,30 @@ def test_an_adapter_of_language_does_not_predict(finished, place, tmp_path):
         run_predict(Predict(str(tmp_path / "damaged"), given.data, str(tmp_path / "out.jsonl")))
 
 
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("texts.jsonl", "is a file of --data"),
+        (".", "is a folder: name a file"),
+        ("none/out.jsonl", "there is no folder .*none: make it first"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+@pytest.mark.parametrize("data", ["texts.jsonl", "."])
+def test_where_predictions_cannot_go_is_said_at_once(tmp_path, output, said, data):
+    (tmp_path / "texts.jsonl").write_text("mine")
+    given = Predict("adapter", str(tmp_path / data), str(tmp_path / output))
+    with pytest.raises(UserError, match=said):
+        run_predict(given)
+    assert (tmp_path / "texts.jsonl").read_text() == "mine"
+
+
 def test_a_run_from_before_these_options_goes_on(finished, place):
     given = dataclasses.replace(language_options(place), output_dir=str(place / "older"))
     RunFolder(given).create()
     saved = place / "older" / "config.json"
     config = json.loads(saved.read_text())
     saved.write_text(json.dumps({k: v for k, v in config.items() if k not in ("task", "keep")}))
-    RunFolder(given)
+    RunFolder(given).finish({})
     with pytest.raises(UserError, match="seed: 0 -> 5"):
         RunFolder(dataclasses.replace(given, seed=5))

@@ -16,3 +16,17 @@ def test_axes_are_named_after_what_is_drawn_and_runs_are_in_the_legend():
     assert {"accuracy; dots: held out", "lora", "miss", "step"} <= set(found)
     found = words(loss_against("trained parameters", curves, 4.0, "held-out accuracy"))
     assert {"held-out accuracy", "trained parameters", "lora", "miss"} <= set(found)
+
+
+def test_pictures_on_one_page_share_no_name_and_know_their_own():
+    curves = {"lora": ([1, 2], [3.0, 2.0])}
+    pictures = [loss_curves(curves, curves, "loss"), loss_curves(curves, {}, "accuracy"),
+                loss_against("trained parameters", curves, 4.0)]  # fmt: skip
+    found: list[str] = []
+    for picture in pictures:
+        own = re.findall(r'\bid="(.*?)"', picture)
+        used = re.findall(r'href="#(.*?)"|url\(#(.*?)\)', picture)
+        assert {a or b for a, b in used} <= set(own)
+        assert used
+        found += own
+    assert len(found) == len(set(found))

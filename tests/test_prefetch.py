@@ -14,7 +14,7 @@ from lora_mini_jax.data.prefetch import prefetched
 from lora_mini_jax.devices import Devices
 from lora_mini_jax.runs.finetune import finetune
 from lora_mini_jax.runs.folder import RunFolder
-from lora_mini_jax.runs.meter import waited
+from lora_mini_jax.runs.meter import typical, waited
 from lora_mini_jax.sharding import make_mesh
 from tests.runs import options
 
@@ -109,6 +109,14 @@ def test_the_share_is_of_the_time_in_steps() -> None:
              {"step": 15, "step_seconds": 2.0, "data_wait_share": 0.5}]  # fmt: skip
     assert waited(lines) == 0.25
     assert waited(lines[:1]) is None
+
+
+def test_what_is_typical_is_so_of_most_steps() -> None:
+    steps = {1: 9.0, 51: 1.0, 52: 3.0, 53: 3.0}
+    lines = [{"step": 0, "valid_loss": 1.0}]
+    lines += [{"step": step, "step_seconds": seconds} for step, seconds in steps.items()]
+    assert typical(lines, "step_seconds") == 1.0
+    assert typical(lines[:2], "step_seconds") == 9.0
 
 
 def test_each_process_reads_the_rows_of_its_own_devices_once() -> None:

@@ -88,7 +88,8 @@ def test_every_method_learns_and_leaves_what_is_promised(finished):
     given, summary = finished
     folder = RunFolder(given).path
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoints", "model", "summary.json", "report.html",
+        "config.json", "data.json", "metrics.jsonl", "checkpoints", "model", "summary.json",
+        "report.html",
     }  # fmt: skip
     assert summary["valid_loss_after"] < summary["valid_loss_before"] - 0.05
     assert list(summary["perplexity"]) == ["0", "4", "8"]
@@ -228,6 +229,8 @@ def test_files_are_held_out_whole_and_by_name(place, tmp_path):
     assert hold_out(list(reversed(texts)), 0.25)[1] == valid
     with pytest.raises(UserError, match=r"1 of 1 text files .* --valid"):
         hold_out(texts[:1], 0.25)
+    with pytest.raises(UserError, match=r"--held-out 0 holds out no file.* --valid"):
+        hold_out(texts, 0.0)
     given = options(place, valid=(str(place / "texts" / "part1"),))
     sizes = [int(b.packed.loss_mask.sum()) for b in (prepare(given).train, prepare(given).valid)]
     tokens = {t.name: len(t.path.read_bytes()) + 1 for t in texts}  # bytes are tokens, and eos

@@ -1,5 +1,6 @@
 """Quantised kernels are used, adapted, trained beside, merged and exported like dense ones."""
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,14 @@ def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_been(trained: tuple[Pa
     for name in ("adapter.json", "adapter.safetensors"):
         again, whole = (place / run / "adapter" / name for run in ("stopped", "run"))
         assert again.read_bytes() == whole.read_bytes()
+
+
+def test_the_share_that_is_trained_is_of_the_dense_model(trained: tuple[Path, str]):
+    place, _ = trained
+    summary = json.loads((place / "run" / "summary.json").read_text())
+    _, params = load(place / "model")
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert summary["trainable_share"] == summary["trainable"] / size
 
 
 def test_the_commands_take_the_base_as_it_was_trained_on(trained: tuple[Path, str]):

@@ -9,14 +9,17 @@ from lora_mini_jax import peft, storage
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.data import Tokenizer, load_tokenizer
 from lora_mini_jax.data.pairs import source_ids
+from lora_mini_jax.files import check_replaceable
 from lora_mini_jax.generation.generate import generate
 from lora_mini_jax.models import load
 from lora_mini_jax.models import save as save_model
 from lora_mini_jax.models.hub import load_module, resolve
 from lora_mini_jax.models.t5 import T5
 from lora_mini_jax.options import Export, Generate, Merge
+from lora_mini_jax.peft import config, tensors
 from lora_mini_jax.runs.finetune import Log
 from lora_mini_jax.tasks.head import head_of, load_for
+from lora_mini_jax.tasks.language import continuation
 from lora_mini_jax.transform import merge
 
 
@@ -35,18 +38,21 @@ def run_generate(options: Generate, say: Log = print) -> list[str]:
     if options.adapter is not None:
         allow = options.allow_different_base
         adapter = storage.load(options.adapter, params, allow_different_base=allow)
-    ids_of = source_ids if answers else _prompt_ids
+    prompts = (source_ids if answers else _prompt_ids)(tokenizer, options.prompt)
     written = generate(
         model,
         params,
-        ids_of(tokenizer, options.prompt),
+        prompts,
         adapter=adapter,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
     )
-    texts = [tokenizer.decode(ids) for ids in written]
+    texts = [
+        tokenizer.decode(ids) if answers else continuation(tokenizer, prompt, ids)
+        for prompt, ids in zip(prompts, written, strict=True)
+    ]
     for prompt, text in zip(options.prompt, texts, strict=True):
         say(text if answers else prompt + text)
     return texts
@@ -78,8 +84,10 @@ def run_export(options: Export, say: Log = print) -> None:
     """Write the adapter as PEFT's.
 
     Raises:
-        UserError: a model or adapter that cannot be used, or a method that PEFT has no form of.
+        UserError: a model or adapter that cannot be used, a method that PEFT has no form of, or an
+            output folder that holds anything but an adapter of PEFT's.
     """
+    check_replaceable(options.output_dir, {config.FILE, tensors.FILE})
     model, params = load_for(options.adapter, resolve(options.model))
     allow = options.allow_different_base
     adapter = storage.load(options.adapter, params, allow_different_base=allow)

@@ -1,6 +1,7 @@
 """Classes or numbers of texts, by a model with an adapter that was trained to tell them."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from lora_mini_jax import linen, storage
 from lora_mini_jax.data import Batches, load_tokenizer, read_records
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.files import write_text
+from lora_mini_jax.files import write_text, writing
 from lora_mini_jax.models.hub import resolve
 from lora_mini_jax.options import Predict
 from lora_mini_jax.runs.loop import Log
@@ -25,8 +26,9 @@ def run_predict(options: Predict, say: Log = print) -> list[dict[str, Any]]:
 
     Raises:
         UserError: an adapter that was trained for language, or does not fit the model; data that
-            cannot be read; a file that cannot be written.
+            cannot be read; a file that cannot be written, or is of the data.
     """
+    check_output(Path(options.output), Path(options.data).expanduser())
     head = head_of(options.adapter)
     if head is None:
         raise UserError(f"{options.adapter} was trained for language: give an adapter of finetune "
@@ -50,6 +52,18 @@ def run_predict(options: Predict, say: Log = print) -> list[dict[str, Any]]:
     write_text(options.output, "".join(f"{json.dumps(line)}\n" for line in lines))
     say(f"{len(lines)} predictions: {options.output}")
     return lines
+
+
+def check_output(output: Path, data: Path) -> None:
+    """Raise `UserError` unless ``output`` may be written: all that can be known before the work."""
+    with writing(output):
+        if output.is_dir():
+            raise UserError(f"--output {output} is a folder: name a file to write to")
+        if not output.parent.is_dir():
+            raise UserError(f"--output {output}: there is no folder {output.parent}: make it first")
+        of_data = data.resolve() in (output.resolve(), *output.resolve().parents)
+        if of_data and output.exists():
+            raise UserError(f"--output {output} is a file of --data: name another to write to")
 
 
 def told(head: Head, logits: np.ndarray) -> dict[str, Any]:

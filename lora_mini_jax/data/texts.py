@@ -60,8 +60,13 @@ def hold_out(texts: Sequence[Text], share: float) -> tuple[list[Text], list[Text
     Which ones is a function of their names, so that more files hardly change it.
 
     Raises:
-        UserError: fewer than two files, or a share that leaves none to train on.
+        UserError: fewer than two files, or a share that leaves none to train on or to hold out.
     """
+    if not share > 0:
+        raise UserError(
+            f"--held-out {share:g} holds out no file, and a run needs one: "
+            "give a share above 0, or --valid"
+        )
     n = max(1, round(share * len(texts)))
     if n >= len(texts):
         raise UserError(

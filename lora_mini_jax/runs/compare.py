@@ -1,13 +1,11 @@
 """Several methods and seeds on one task, side by side."""
 
-from pathlib import Path
 from typing import Any
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.files import write_json
 from lora_mini_jax.options import Compare, to_json
 from lora_mini_jax.runs.finetune import Log, finetune
-from lora_mini_jax.runs.folder import RunFolder
+from lora_mini_jax.runs.folder import ComparisonFolder, RunFolder
 from lora_mini_jax.runs.report import compare_report
 from lora_mini_jax.runs.tables import label, table_row, table_text
 from lora_mini_jax.tasks.task import planned
@@ -20,17 +18,19 @@ ROW = ("method", "settings", "trainable", "trainable_share", "step_seconds", "st
 def compare(options: Compare, say: Log = print, title: str = "Comparison") -> list[Row]:
     """Run every method with every seed, then write table, ``summary.json`` and report.
 
-    Runs that are finished are not run again, so an interrupted comparison goes on.
+    Runs that are finished are not run again, so an interrupted comparison goes on. The folder's
+    ``comparison.json`` tells what is compared in it.
 
     Returns:
         One row a run: ``ROW``'s entries and the task's measures (``valid_loss_after``), with the
         seed and the method's settings as given.
 
     Raises:
-        UserError: as `finetune`.
+        UserError: as `finetune`; a folder of another comparison, or of none.
     """
-    folder = Path(options.output_dir)
+    folder = ComparisonFolder(options)
     check_plans(options)
+    folder.create()
     runs: dict[str, list[tuple[Row, list]]] = {}
     rows = []
     for spec in options.methods:
@@ -42,8 +42,8 @@ def compare(options: Compare, say: Log = print, title: str = "Comparison") -> li
             kept = {n: v for n, v in summary.items() if n in ROW or n.startswith("valid_")}
             rows.append({**kept, "spec": spec, "seed": seed})
     record = {"model": options.model, "rows": rows, "options": to_json(options)}
-    write_json(folder / "summary.json", record)
-    page = compare_report(folder, title, runs)
+    folder.finish(record)
+    page = compare_report(folder.path, title, runs)
     table = [table_row(label(spec), [s for s, _ in seeds]) for spec, seeds in runs.items()]
     say(table_text(table))
     say_samples(runs, say)

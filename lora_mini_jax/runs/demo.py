@@ -9,10 +9,12 @@ import re
 import zlib
 from pathlib import Path
 
+from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import write_text, writing
 from lora_mini_jax.options import BASE, Compare, Demo
 from lora_mini_jax.runs.compare import Row, compare
 from lora_mini_jax.runs.finetune import Log
+from lora_mini_jax.runs.folder import ComparisonFolder
 
 METHODS = (
     "lora-mini:rank=4,a=32,b=32,outer_init=svd,learning_rate=0.05",
@@ -22,32 +24,41 @@ BLOCK = 600  # characters in a record; with this tokenizer and this prose about 
 
 
 def demo(options: Demo, say: Log = print) -> list[Row]:
-    """Write the topics as training and held-out data, run the comparison, print the table."""
-    folder = Path(options.output_dir)
+    """Write the topics as training and held-out data, run the comparison, print the table.
+
+    Raises:
+        UserError: no steps, or a folder that holds anything but this demo.
+    """
+    if options.steps < 1:
+        raise UserError(f"--steps is {options.steps}: give a whole number from 1")
+    given = comparison(options)
+    folder = ComparisonFolder(given)
     train, valid = topics()
-    with writing(folder):
-        (folder / "data").mkdir(parents=True, exist_ok=True)
-    for name, texts in (("train", train), ("valid", valid)):
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        write_text(folder / "data" / f"{name}.jsonl", lines)
+    folder.create()
+    with writing(folder.path):
+        (folder.path / "data").mkdir(exist_ok=True)
+    for name, texts in ((given.data, train), (given.valid, valid)):
+        write_text(name, "".join(json.dumps({"text": text}) + "\n" for text in texts))
     say(
         f"{len(train)} passages of documentation to train on, {len(valid)} of other topics held out"
     )
-    return compare(
-        Compare(
-            model=BASE,
-            data=str(folder / "data" / "train.jsonl"),
-            valid=str(folder / "data" / "valid.jsonl"),
-            output_dir=str(folder),
-            methods=METHODS,
-            seeds=(0,),
-            max_length=256,
-            batch_size=8,
-            max_steps=options.steps,
-            overlong="truncate",
-        ),
-        say,
-        title="LoRA-Mini and LoRA on Python's documentation topics",
+    return compare(given, say, title="LoRA-Mini and LoRA on Python's documentation topics")
+
+
+def comparison(options: Demo) -> Compare:
+    """What is compared, on data within the folder."""
+    folder = Path(options.output_dir)
+    return Compare(
+        model=BASE,
+        data=str(folder / "data" / "train.jsonl"),
+        valid=str(folder / "data" / "valid.jsonl"),
+        output_dir=str(folder),
+        methods=METHODS,
+        seeds=(0,),
+        max_length=256,
+        batch_size=8,
+        max_steps=options.steps,
+        overlong="truncate",
     )
 
 

@@ -1,24 +1,22 @@
 """The fine-tuning run: read, resume, train, evaluate, save. One function, in chapters."""
 
 import math
-from statistics import median
-
-import jax
 
 from lora_mini_jax.adapter import Adapter, count
 from lora_mini_jax.calibration import calibrate
-from lora_mini_jax.choice import agreed
 from lora_mini_jax.devices import Devices
+from lora_mini_jax.errors import UserError
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.runs.best import Best
 from lora_mini_jax.runs.folder import Row, RunFolder
 from lora_mini_jax.runs.loop import Log, fit
-from lora_mini_jax.runs.meter import waited
+from lora_mini_jax.runs.meter import check_start, typical, waited
 from lora_mini_jax.runs.report import run_report
 from lora_mini_jax.runs.schedule import of_length, optimizer
-from lora_mini_jax.runs.search import searched
+from lora_mini_jax.runs.search import check_search, searched
 from lora_mini_jax.storage import save
 from lora_mini_jax.tasks.task import Task, prepare
+from lora_mini_jax.tree import flatten
 
 CALIBRATION_BATCHES = 8
 """Batches of training data for factors that come from data."""
@@ -43,16 +41,17 @@ def finetune(options: Finetune, say: Log = print) -> Row:
         say(f"{folder.path} is finished already; nothing to do")
         return done
     devices = Devices.of(options)
+    check_start(options)
     task = prepare(options)
-    agreed(task.sites)  # or a search could not begin
-    folder.create()
+    check_search(task)
+    steps = total_steps(options, len(task.train))
+    sites = of_length(task.sites, steps, options.parsed_settings())
+    folder.create(train=task.train, valid=task.valid)
     for note in task.notes:
         say(note)
 
     # Training, with the held-out loss before and after.
-    steps = total_steps(options, len(task.train))
     before = task.samples(None)
-    sites = of_length(task.sites, steps, options.parsed_settings())
     adapter = devices.draw(task.params, sites, options.seed)
     first = (devices.batch(task.train, i) for i in range(min(CALIBRATION_BATCHES, steps)))
     adapter = calibrate(adapter, task.params, task.loss, first, has_aux=True)
@@ -84,7 +83,6 @@ def summarize(
     held_out = [row for row in rows if "valid_loss" in row]
     after = next(row for row in reversed(held_out) if row["step"] == step)
     measures = [name for name in after if name.startswith("valid_")]
-    times = [row["step_seconds"] for row in rows if "step_seconds" in row]
     trainable = count(adapter)
     return {
         "model": options.model,
@@ -98,10 +96,10 @@ def summarize(
         "kept": "best" if options.keeps_best else "last",
         "kept_step": step,
         "trainable": trainable,
-        "trainable_share": trainable / sum(x.size for x in jax.tree.leaves(task.params)),
+        "trainable_share": trainable / sum(leaf.size for leaf in flatten(task.params).values()),
         **{f"{name}_before": held_out[0][name] for name in measures},
         **{f"{name}_after": after[name] for name in measures},
-        "step_seconds": median(times[1:] or times),  # the first has the warming up in it
+        "step_seconds": typical(rows, "step_seconds"),
         "data_wait_share": waited(rows),
         "step_bytes": next((row["step_bytes"] for row in rows if "step_bytes" in row), None),
         "adapter_bytes": sum(file.stat().st_size for file in folder.adapter.iterdir()),
@@ -111,6 +109,14 @@ def summarize(
 
 
 def total_steps(options: Finetune, steps_per_epoch: int) -> int:
-    """How many updates the options ask for."""
+    """How many updates the options ask for.
+
+    Raises:
+        UserError: an endless run.
+    """
+    if math.isinf(options.epochs):
+        if options.max_steps is None:
+            raise UserError("--epochs inf never ends: give --max-steps, or a number of epochs")
+        return options.max_steps
     steps = max(1, math.ceil(options.epochs * steps_per_epoch))
     return min(steps, options.max_steps) if options.max_steps else steps

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lora_mini_jax.data import Batches
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import read_json, read_object, write_json, write_text, writes, writing
 from lora_mini_jax.options import Training, defaults, differences, to_json
@@ -14,39 +16,72 @@ from lora_mini_jax.processes import together
 Row = dict[str, Any]
 ELSEWHERE = ("output_dir", "cache_dir", "mesh", "coordinator", "processes", "process")
 """Options that a run may go on with another way: where it runs is not what it computes."""
+PASSING = ("data.json", "metrics.jsonl", "tensorboard", "checkpoints", "matrix.json")
+"""What is of no use without a checkpoint, an adapter or a summary."""
 
 
 class RunFolder:
-    """A run's folder. Opening it checks that what is there belongs to the same options; nothing is
-    written before `create`, so that a mistake in the options leaves nothing behind.
+    """A run's folder. Opening it checks that what is there belongs to the same options, or is
+    nothing that training found; nothing is written before `create`, so that a mistake in the
+    options leaves nothing behind.
 
     Raises:
-        UserError: the folder holds a run of other options (says which), or files of no run.
+        UserError: the folder holds a run of other options (says which), or files of no such run.
     """
+
+    saved_as = "config.json"
+    """The file that keeps the options; its name tells one kind of folder from another."""
 
     def __init__(self, options: Training) -> None:
         self.path = Path(options.output_dir)
-        self._config, self._saved = to_json(options), self.path / "config.json"
-        if self._saved.exists():
-            # A run from before there was some option did what that option's default says.
-            before = defaults(options) | read_object(self._saved)
-            changed = differences(before, self._config, ignore=ELSEWHERE)
-            if changed:
-                raise UserError(
-                    f"{self.path} holds a run of another config ({'; '.join(changed)}): give the "
-                    "same options to go on with it, or another --output-dir"
-                )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise UserError(
-                f"{self.path} exists and is not a run folder: give another --output-dir"
-            )
+        self._config, self._saved = to_json(options), self.path / self.saved_as
+        self._replaces = False
+        with writing(self.path):
+            if self._saved.exists():
+                self._replaces = self._differs(options)
+            elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise UserError(f"{self.path} exists and is not a run folder, for it has no "
+                                f"{self.saved_as}: give another --output-dir")  # fmt: skip
 
-    def create(self) -> None:
-        """Make the folder, with the options in it."""
+    def _differs(self, options: Training) -> bool:
+        """Whether the options are not those of the folder, in which there is nothing to lose."""
+        saved = read_object(self._saved)
+        # A run from before there was some option did what that option's default says.
+        changed = differences(defaults(options) | saved, self._config, ignore=ELSEWHERE)
+        if not changed or self._nothing_to_lose():
+            return bool(changed)
+        if saved.keys() - self._config.keys():
+            raise UserError(f"{self.path} holds a run of another command, or of another version: "
+                            "give another --output-dir")  # fmt: skip
+        raise UserError(
+            f"{self.path} holds a run of another config ({'; '.join(changed)}): give the "
+            "same options to go on with it, or another --output-dir"
+        )
+
+    def _nothing_to_lose(self) -> bool:
+        names = {path.name for path in self.path.iterdir()}
+        return names <= {self.saved_as, *PASSING} and not any(self.checkpoints.glob("[0-9]*"))
+
+    def create(self, **data: Batches) -> None:
+        """Make the folder, with the options in it, and what tells ``data`` from other data.
+
+        Raises:
+            UserError: training began on other data than this.
+        """
+        told, path = {name: part.told for name, part in data.items()}, self.path / "data.json"
+        if path.exists() and read_object(path) != told and not self._nothing_to_lose():
+            raise UserError(
+                f"{self.path} holds a run on other data: what its options name, or the tokenizer, "
+                "has changed since it began; give it the same again, or another --output-dir"
+            )
         if writes():
             with writing(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
+                for name in PASSING if self._replaces else ():
+                    _remove(self.path / name)
         write_json(self._saved, self._config)
+        if told:
+            write_json(path, told)
         together("run folder made")
 
     @property
@@ -103,3 +138,21 @@ class RunFolder:
             file.write(lines)
             file.flush()
             os.fsync(file.fileno())
+
+
+class ComparisonFolder(RunFolder):
+    """The folder of a comparison. Its runs have folders of their own inside, which look after
+    themselves; so it is only a finished one that has something to lose."""
+
+    saved_as = "comparison.json"
+
+    def _nothing_to_lose(self) -> bool:
+        return self.summary() is None
+
+
+def _remove(path: Path) -> None:
+    """Take a file or folder away, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -92,9 +92,10 @@ def fit(
                 if _due(done, options.save_every, steps) or (best and evaluated):
                     meter.flush()  # also refuses to save after a loss that is not finite
                     checkpoints.save(state)
-                if best and evaluated:
-                    checkpoints.wait()
-                    best.update(state)
+                    if best and evaluated:
+                        checkpoints.wait()
+                        best.update(state)
+                    meter.saved()
             meter.evaluated(evaluate(state.adapter))
             if best:
                 checkpoints.wait()

@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from itertools import chain
+from statistics import median
 from typing import Any, TypeVar
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from lora_mini_jax.adapter import as_key
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import writes
 from lora_mini_jax.options import Training
@@ -77,8 +80,9 @@ class Meter:
         if bad.size:
             raise UserError(
                 f"loss {losses[bad[0]]} with gradient norm {norms[bad[0]]} at step "
-                f"{first + bad[0] + 1}: stopped; the checkpoints from before are kept in "
-                f"{self._folder.checkpoints}. Lower --learning-rate, or look at the data"
+                f"{first + bad[0] + 1}: stopped; begin again with a lower --learning-rate and "
+                "another --output-dir, or look at the data (checkpoints from before, if there "
+                f"are any, stay in {self._folder.checkpoints})"
             )
         now = time.monotonic()
         elapsed, n = max(now - self._last, 1e-9), len(self._pending)
@@ -95,6 +99,10 @@ class Meter:
         """Write what an evaluation found; the time it took is not counted as training speed."""
         self._last = time.monotonic()
         self._write(found)
+
+    def saved(self) -> None:
+        """After `flush`: nor is the time since then, of a checkpoint or the best adapter."""
+        self._last = time.monotonic()
 
     def compiled(self, step: jax.stages.Compiled) -> None:
         """Write how much memory the compiled step needs: its arguments, results that are not
@@ -126,9 +134,37 @@ def waited(rows: Iterable[Row]) -> float | None:
     return waits / seconds if seconds else None
 
 
+def typical(rows: Iterable[Row], name: str) -> float:
+    """The median over a run's steps of what the lines of its metrics say of so many steps each. The
+    first line has the warming up in it, and counts only where there is no other."""
+    values, before = [], 0
+    for row in (row for row in rows if name in row):
+        values.append([row[name]] * (row["step"] - before))
+        before = row["step"]
+    return median(chain.from_iterable(values[1:] or values))
+
+
+def check_start(options: Training) -> None:
+    """What a run would stumble over only when its folder is there.
+
+    Raises:
+        UserError: a seed that JAX cannot take, or TensorBoard's logs without their writer.
+    """
+    as_key(options.seed)
+    if options.tensorboard and writes():
+        _writer()
+
+
 def _board(folder: RunFolder) -> Any:
+    return _writer()(str(folder.path / "tensorboard"))
+
+
+def _writer() -> Any:
     try:
         from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs tensorboardX: pip install tensorboardX") from None
-    return SummaryWriter(str(folder.path / "tensorboard"))
+    except Exception as error:  # one that does not suit its protobuf raises whatever it likes
+        raise UserError(
+            f"--tensorboard needs tensorboardX, which cannot be imported ({error}): "
+            "pip install tensorboardX"
+        ) from None
+    return SummaryWriter

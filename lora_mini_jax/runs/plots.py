@@ -1,6 +1,8 @@
 """The pictures of the reports, as SVG text that goes straight into a page."""
 
+import hashlib
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -106,4 +108,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 def _svg(figure: Any) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue().partition("?>")[2].partition("<svg")[2].join(("<svg", ""))
+    svg = "<svg" + buffer.getvalue().partition("<svg")[2]
+    # Every picture names its parts alike, and on a page a name may be there once.
+    own = hashlib.sha256(svg.encode()).hexdigest()[:8]
+    return re.sub(r'((?:\bid="|href="#|url\(#)[^")]+)', rf"\1-{own}", svg)

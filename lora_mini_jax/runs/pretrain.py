@@ -9,7 +9,6 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from lora_mini_jax.models import save
 from lora_mini_jax.options import Pretrain
 from lora_mini_jax.runs.folder import Row, RunFolder
 from lora_mini_jax.runs.loop import Log, fit
+from lora_mini_jax.runs.meter import check_start, typical
 from lora_mini_jax.runs.plots import loss_curves
 from lora_mini_jax.runs.report import points, settings_html, write_page
 from lora_mini_jax.runs.schedule import optimizer
@@ -57,7 +57,8 @@ def pretrain(options: Pretrain, say: Log = print) -> Row:
         Among others ``trainable`` (parameters), ``exchanged_bytes`` (see above), those of the
         optimiser's arrays (``optimizer_bytes``), of the frozen leaves of the method
         (``frozen_bytes``) and of the parameters under it (``base_bytes``, the same for every
-        method), held-out ``perplexity`` by step, and ``tokens_per_second``, a median.
+        method), held-out ``perplexity`` by step, and ``tokens_per_second``, a median
+        over the steps.
 
     Raises:
         UserError: anything wrong with the options, the shape, the tokenizer, the text or the run
@@ -68,8 +69,9 @@ def pretrain(options: Pretrain, say: Log = print) -> Row:
         say(f"{folder.path} is finished already; nothing to do")
         return done
     devices = Devices.of(options)  # a mesh that does not fit shows before all text is read
+    check_start(options)
     task = prepare(options)
-    folder.create()
+    folder.create(train=task.train, valid=task.valid)
     say(f"{task.train.packed.loss_mask.sum():,} tokens to train on, "
         f"{task.valid.packed.loss_mask.sum():,} held out")  # fmt: skip
 
@@ -113,7 +115,7 @@ def summarize(options: Pretrain, task: Task, state: TrainState, folder: RunFolde
         "valid_loss_before": losses[0],
         "valid_loss_after": losses[options.steps],
         "perplexity": {str(step): perplexity(loss) for step, loss in losses.items()},
-        "tokens_per_second": median(points(rows, "tokens_per_second")[1]),
+        "tokens_per_second": typical(rows, "tokens_per_second"),
         "seconds": round(max(row["seconds"] for row in rows), 1),
         "notes": task.notes,
     }

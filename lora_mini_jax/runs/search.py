@@ -17,7 +17,7 @@ from lora_mini_jax.processes import on_host
 from lora_mini_jax.runs.folder import RunFolder
 from lora_mini_jax.runs.loop import Log, make_evaluate
 from lora_mini_jax.runs.schedule import optimizer
-from lora_mini_jax.search import halves, make_search_step, search_state
+from lora_mini_jax.search import check_halves, halves, make_search_step, search_state
 from lora_mini_jax.storage import load, save
 from lora_mini_jax.tasks.task import Task
 
@@ -64,6 +64,12 @@ def searched(
             f"{len(adapter.sites)} kernels")  # fmt: skip
     # Read back even when just written: a run that was killed goes on from the same bits.
     return load(place, task.params)
+
+
+def check_search(task: Task) -> None:
+    """Raise `UserError` where the task's sites need a search that could not begin."""
+    if agreed(task.sites) is not None:
+        check_halves(task.train)
 
 
 def search(

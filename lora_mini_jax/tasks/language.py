@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,12 @@ class LanguageTask(Task):
 
     def samples(self, adapter: Adapter | None) -> list[tuple[str, str]]:
         """The held-out prompts, and what the model writes after them."""
-        decode, written = self.tokenizer.decode, self.written(adapter)
-        return [(decode(p), decode(ids)) for p, ids in zip(self.prompts, written, strict=True)]
+        pairs = zip(self.prompts, self.written(adapter), strict=True)
+        return [(self.tokenizer.decode(prompt), self.text(prompt, ids)) for prompt, ids in pairs]
+
+    def text(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """What the ids written after a prompt say."""
+        return continuation(self.tokenizer, prompt, ids)
 
     def written(self, adapter: Adapter | None) -> list[list[int]]:
         """The token ids that the model writes after each of the prompts, greedily."""
@@ -97,6 +102,15 @@ class LanguageTask(Task):
         return batch["tokens"], batch["positions"], batch["segment_ids"]
 
 
+def continuation(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """What ``ids`` add to the text of ``prompt``: decoded alone they would lack the space that many
+    tokenizers leave out where a text begins."""
+    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *ids])
+    # The prompt's last character may be whole only now.
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
+    return whole[len(list(same)) :]
+
+
 def prepare(options: Finetune) -> LanguageTask:
     """See `task.prepare`."""
     if not options.data:
@@ -112,15 +126,16 @@ def prepare(options: Finetune) -> LanguageTask:
     train_rows, valid_rows = (
         Batches(part.rows, options.batch_size, options.seed) for part in (train, valid)
     )
+    prompts = _prompts(valid, options, config.max_position_embeddings)
     return LanguageTask(
         model,
         params,
         sites,
         train_rows,
         valid_rows,
-        notes=[*notes_of(train, "training", options), *notes_of(valid, "held-out", options)],
+        notes=notes_of(train, valid, prompts, options),
         tokenizer=tokenizer,
-        prompts=_prompts(valid, options),
+        prompts=prompts,
         max_new_tokens=options.max_new_tokens,
     )
 
@@ -153,15 +168,21 @@ def recipe(options: Finetune, tokenizer: Tokenizer, folder: Path) -> Recipe:
     )
 
 
-def notes_of(part: Part, name: str, options: Finetune) -> list[str]:
-    """What was left out of the data, or cut, in words."""
-    counts = {"skipped": part.skipped, "cut": part.truncated}
-    return [
-        f"{count} {name} examples were {what}: longer than {options.max_length} tokens, or with "
-        "nothing to learn in them"
-        for what, count in counts.items()
-        if count
-    ]
+def notes_of(train: Part, valid: Part, prompts: Sequence[Any], options: Finetune) -> list[str]:
+    """What was left out of the data, or cut, and of the samples, in words."""
+    notes, length = [], options.max_length
+    for name, part in (("training", train), ("held-out", valid)):
+        if part.skipped:
+            why = "" if options.overlong == "truncate" else f"longer than {length} tokens, or "
+            notes.append(f"{part.skipped} {name} examples were skipped: {why}with nothing to learn "
+                         "in them")  # fmt: skip
+        if part.truncated:
+            notes.append(f"{part.truncated} {name} examples were cut at {length} tokens")
+    if len(prompts) < options.samples:
+        notes.append(f"{len(prompts)} of {options.samples} samples: of {len(valid.examples)} "
+                     "held-out examples, no more have a prompt that leaves room for "
+                     f"{options.max_new_tokens} new tokens")  # fmt: skip
+    return notes
 
 
 def spread(examples: Sequence[Any], number: int) -> Sequence[Any]:
@@ -169,10 +190,11 @@ def spread(examples: Sequence[Any], number: int) -> Sequence[Any]:
     return examples[:: max(1, len(examples) // max(1, number))]
 
 
-def _prompts(valid: Part, options: Finetune) -> list[list[int]]:
+def _prompts(valid: Part, options: Finetune, positions: int) -> list[list[int]]:
     """The start of a few held-out examples: what comes before the first token with a loss; of a
-    text, which has loss everywhere, the first few tokens."""
-    room = options.max_length - options.max_new_tokens
+    text, which has loss everywhere, the first few tokens. Prompt and sample fit the model's
+    positions."""
+    room = positions - options.max_new_tokens
     prompts = []
     for example in spread(valid.examples, options.samples):
         first = int(np.argmax(example.loss_mask))

@@ -3,6 +3,7 @@
 The decoder's rows are those of text that is continued, one example each; so are loss and measures.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,10 @@ class Seq2SeqTask(LanguageTask):
         """What the encoder reads, and the decoder."""
         return batch["source"], batch["tokens"], batch["source_mask"]
 
+    def text(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """An answer, which is a text of its own."""
+        return self.tokenizer.decode(ids)
+
 
 def prepare(options: Finetune) -> Seq2SeqTask:
     """See `task.prepare`."""
@@ -47,16 +52,17 @@ def prepare(options: Finetune) -> Seq2SeqTask:
     train_rows, valid_rows = (
         Batches(part.rows, options.batch_size, options.seed) for part in (train, valid)
     )
-    prompts = [pair.source.tolist() for pair in spread(valid.examples, options.samples)]
+    examples = spread(valid.examples, options.samples)[: options.samples]
+    prompts = [pair.source.tolist() for pair in examples]
     return Seq2SeqTask(
         model,
         params,
         sites,
         train_rows,
         valid_rows,
-        notes=[*notes_of(train, "training", options), *notes_of(valid, "held-out", options)],
+        notes=notes_of(train, valid, prompts, options),
         tokenizer=tokenizer,
-        prompts=prompts[: options.samples],
+        prompts=prompts,
         max_new_tokens=options.max_new_tokens,
     )
 
