@@ -211,6 +211,7 @@ BROKEN: dict[str, tuple[dict[str, Any], list[str]]] = {
     "activation": ({"activation_function": ["gelu"]}, ["activation_function", "'gelu_new'"]),
     "cross": ({"add_cross_attention": True, "model_type": "gptj"},
               ["add_cross_attention True", "model_type 'gptj'"]),
+    "both ways": ({"is_causal": False}, ["is_causal False"]),
     "pruned": ({"pruned_heads": {"0": [1]}}, ["pruned_heads"]),
     "layers": ({"n_layer": 3}, ["missing transformer.h.2.ln_1.weight"]),
     "sizes": ({"n_inner": 9}, ["is (30, 120), not (30, 9)"]),
