@@ -107,6 +107,18 @@ def test_greedy_text_equals_transformers(oracles, case):
     assert len({t for row in wanted for t in row}) > 3  # not a constant
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_text_up_to_one_token_past_the_last_position_equals_transformers(oracles):
+    folder, hf = oracles("plain")
+    prompt = tokens_of((40,), seed=2).tolist()
+    out = hf.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=None)
+    wanted = out[0, 40:].tolist()
+    assert len(wanted) == 9
+    assert generate(*read(folder), [prompt, [5]], max_new_tokens=9, eos_id=())[0] == wanted
+    with pytest.raises(UserError, match=r"40 prompt tokens and max_new_tokens=10 exceed .* 48"):
+        generate(*read(folder), [prompt], max_new_tokens=10)
+
+
 def test_a_saved_model_is_the_same_in_transformers(oracles, tmp_path):
     for case in CASES:
         folder, hf = oracles(case)
