@@ -30,7 +30,7 @@ def read_ropes(hf: dict[str, Any], theta: float, local: float | None) -> tuple[d
         if (kind := _kind(own)) != "default":
             return {}, [f"rope_type {kind!r} of sliding layers is not supported"]
     for rope in (given, own or {}):
-        if rope.get("type", _kind(rope)) != _kind(rope):
+        if "type" in rope and rope["type"] != _kind(rope):
             return {}, [f"rope_type {_kind(rope)!r} contradicts type {rope['type']!r}"]
     if any((place.get("partial_rotary_factor") or 1.0) != 1.0 for place in (given, hf)):
         return {}, ["partial_rotary_factor other than 1 is not supported"]
