@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.low_rank import Product
 from lora_mini_jax.method import Method
 from lora_mini_jax.methods.full import Full
 from lora_mini_jax.selection import brief, listing, matches
@@ -71,8 +72,11 @@ def plan(
     return tuple(sites)
 
 
-def check(sites: Iterable[Site]) -> None:
-    """Raise one `UserError` that lists every kernel its method cannot adapt, or two claim."""
+def check(sites: Iterable[Site], new: bool = True) -> None:
+    """Raise one `UserError` that lists every kernel its method cannot adapt, or two claim.
+
+    Where the leaves are not ``new`` but come from a file, ranks that only gain nothing are let be.
+    """
     sites = tuple(sites)
     claims = Counter(site.target.path for site in sites)
     if twice := [path for path, n in claims.items() if n > 1]:
@@ -91,6 +95,8 @@ def check(sites: Iterable[Site]) -> None:
             problems = [f"no kernel, so {method.name} cannot adapt it"]
         elif target.kind == "embed" and method.needs_data:
             problems = ["factors of a table are not made from data: take outer_init orthogonal"]
+        elif not new and isinstance(method, Product) and method.any_rank:
+            problems = []
         else:
             problems = method.problems(target.n_in, target.n_out)
         found += [f"{target.path} ({target.n_in} x {target.n_out}): {p}" for p in problems]

@@ -100,7 +100,7 @@ def load(
     """
     folder, record = Path(folder), record_of(folder)
     try:
-        check(record.sites)
+        check(record.sites, new=False)
         drawn = draw(_rounded(params, record), record.sites, record.key)  # checks every shape
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None

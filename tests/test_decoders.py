@@ -29,7 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
               "max_window_layers": 1, "tie_word_embeddings": True, "rope_scaling": YARN},
     "Qwen3": {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 12,
               "attention_bias": True, "rope_scaling": LINEAR, "rope_theta": 1e6},
-    "Gemma": {"head_dim": 10, "num_key_value_heads": 1},
+    "Gemma": {"head_dim": 10, "num_key_value_heads": 1, "hidden_act": "gelu"},
     "Gemma2": {"head_dim": 10, "num_key_value_heads": 2, "query_pre_attn_scalar": 7,
                "sliding_window": 5, "attn_logit_softcapping": 2.0,
                "final_logit_softcapping": 3.0, "attn_implementation": "eager"},
@@ -205,7 +205,7 @@ def test_the_rules_of_older_files():
     late = {"num_hidden_layers": 3, "max_window_layers": 2, "sliding_window": 4}
     assert read("Qwen2", **late, use_sliding_window=True).sliding == (False, False, True)
     assert read("Qwen2", **late).sliding == (False,) * 3
-    assert read("Gemma", hidden_act="gelu").hidden_act == "gelu_pytorch_tanh"
+    assert read("Gemma2", sliding_window_pattern=1).sliding == (True, False)  # only Gemma 3's key
     assert read("Mistral", sliding_window=None).sliding == (False, False)
     assert read("Qwen3", model_type="qwen3", architectures=None, head_dim=None,
                 num_key_value_heads=None).head_dim == 8  # fmt: skip
@@ -218,7 +218,12 @@ REFUSED = {
     "an architecture": (lambda: LlamaConfig(**BASE, architecture="Mamba"), ["'Mamba'", "Gemma3"]),
     "model type": (lambda: read("Llama", model_type="mistral"), ["'mistral'", "'llama'"]),
     "a cap": (lambda: read("Gemma3", attn_logit_softcapping=5.0), ["attn_logit_softcapping 5.0"]),
-    "both ways": (lambda: read("Gemma3", use_bidirectional_attention=True), ["bidirectional"]),
+    **{f"both ways {name}": (lambda n=name: read(n, use_bidirectional_attention=True),
+                             ["use_bidirectional_attention True"])
+       for name in ("Gemma", "Gemma2", "Gemma3")},
+    "not causal": (lambda: read("Mistral", is_causal=False), ["is_causal False"]),
+    "two kinds": (lambda: read("Qwen2", rope_scaling={"type": "linear", "rope_type": "yarn"}),
+                  ["rope_type 'yarn' contradicts type 'linear'"]),
     "layers": (lambda: read("Gemma2", layer_types=["full_attention"]), ["1 entries"]),
     "kinds": (lambda: read("Gemma2", layer_types=["chunked_attention"] * 2), ["chunked"]),
     "no window": (lambda: read("Qwen2", layer_types=["sliding_attention"] * 2),

@@ -165,7 +165,7 @@ def test_no_prompts_no_texts(small):
         ([[5, 61, -1]], {}, ["prompt 0 has ids [61, -1] outside 0..60"]),
         (["text"], {}, ["prompt 0 is not a list of token ids"]),
         ([[1.5]], {}, ["prompt 0 is not a list of token ids"]),
-        ([[5] * 50], {"max_new_tokens": 15}, ["50 prompt tokens", "the model's 64"]),
+        ([[5] * 50], {"max_new_tokens": 16}, ["50 prompt tokens", "the model's 64"]),
         ([[5]], {"max_new_tokens": 0}, ["max_new_tokens=0"]),
         ([[5]], {"temperature": -0.1}, ["temperature=-0.1"]),
         ([[5]], {"temperature": float("nan")}, ["temperature=nan"]),
@@ -181,4 +181,4 @@ def test_a_mistake_is_one_clear_line(small, prompts, settings, words):
 
 
 def test_the_last_position_may_be_used(small):
-    assert len(generate(*small, [[5] * 56] * 3, max_new_tokens=8, eos_id=())[0]) == 8
+    assert len(generate(*small, [[5] * 57] * 3, max_new_tokens=8, eos_id=())[0]) == 8

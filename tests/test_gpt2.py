@@ -107,6 +107,16 @@ def test_greedy_text_equals_transformers(oracles, case):
     assert len({t for row in wanted for t in row}) > 3  # not a constant
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_text_up_to_one_token_past_the_last_position_equals_transformers(oracles):
+    folder, hf = oracles("plain")
+    prompt = tokens_of((40,), seed=2).tolist()
+    out = hf.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=None)
+    wanted = out[0, 40:].tolist()
+    assert len(wanted) == 9
+    assert generate(*read(folder), [prompt, [5]], max_new_tokens=9, eos_id=())[0] == wanted
+
+
 def test_a_saved_model_is_the_same_in_transformers(oracles, tmp_path):
     for case in CASES:
         folder, hf = oracles(case)
@@ -211,6 +221,7 @@ BROKEN: dict[str, tuple[dict[str, Any], list[str]]] = {
     "activation": ({"activation_function": ["gelu"]}, ["activation_function", "'gelu_new'"]),
     "cross": ({"add_cross_attention": True, "model_type": "gptj"},
               ["add_cross_attention True", "model_type 'gptj'"]),
+    "both ways": ({"is_causal": False}, ["is_causal False"]),
     "pruned": ({"pruned_heads": {"0": [1]}}, ["pruned_heads"]),
     "layers": ({"n_layer": 3}, ["missing transformer.h.2.ln_1.weight"]),
     "sizes": ({"n_inner": 9}, ["is (30, 120), not (30, 9)"]),
@@ -236,7 +247,7 @@ def test_too_many_tokens_are_refused(oracles):
     with pytest.raises(UserError, match="49 tokens are too many for a model of 48"):
         jax.eval_shape(model.apply, {"params": params}, jnp.ones((1, 49), jnp.int32))
     with pytest.raises(UserError, match="exceed the model's 48"):
-        generate(model, params, [[3] * 40], max_new_tokens=9)
+        generate(model, params, [[3] * 40], max_new_tokens=10)
 
 
 # PEFT
@@ -265,24 +276,62 @@ def test_peft_computes_what_we_do_and_it_comes_back(oracles, method, scan, tmp_p
     close(run(model, merge(params, back), TOKENS), theirs)
 
 
+def moved(adapted):
+    """PEFT's model, its trained parameters moved from where they start."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.add_(0.2 * torch.randn_like(p))
+    return adapted
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", ["LoraConfig", "VeraConfig"])
 def test_what_peft_wrote_is_the_same_function_here(oracles, kind, tmp_path):
     peft = pytest.importorskip("peft")
     folder, hf = oracles("plain")
     config = getattr(peft, kind)(r=3, target_modules=MODULES.split("|"))
-    adapted = peft.get_peft_model(copy.deepcopy(hf), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for p in adapted.parameters():
-            if p.requires_grad:
-                p.add_(0.2 * torch.randn_like(p))
+    adapted = moved(peft.get_peft_model(copy.deepcopy(hf), config))
     adapted.save_pretrained(tmp_path)
     model, params = read(folder)
     targets, names = linen.targets(model, params, TOKENS), exchange.names_of(model)
     adapter = exchange.load(tmp_path, params, targets, names=names)
     assert {site.target.path for site in adapter.sites} == {t.path for t in select(targets)}
     close(run(model, merge(params, adapter), TOKENS), torch_logits(adapted.eval(), TOKENS))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("module", ["wpe", "lm_head"])
+def test_square_kernels_saved_whole_keep_their_layout(oracles, module, tmp_path):
+    """Without such a kernel among its targets PEFT says ``fan_in_fan_out: false``; and the table of
+    positions is never the head."""
+    peft = pytest.importorskip("peft")
+    folder, hf = oracles("plain" if module == "wpe" else "untied, by layer")
+    config = peft.LoraConfig(r=3, target_modules=[module], modules_to_save=["attn.c_proj"])
+    adapted = moved(peft.get_peft_model(copy.deepcopy(hf), config))
+    adapted.save_pretrained(tmp_path / "theirs")
+    written = json.loads((tmp_path / "theirs/adapter_config.json").read_text())
+    assert written["fan_in_fan_out"] is False
+    model, params = read(folder)
+    targets, names = linen.targets(model, params, TOKENS), exchange.names_of(model)
+    adapter = exchange.load(tmp_path / "theirs", params, targets, names=names)
+    wanted = torch_logits(adapted.eval(), TOKENS)
+    close(run(model, merge(params, adapter), TOKENS), wanted)
+    exchange.save(tmp_path / "ours", adapter, params, names=names)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(hf), tmp_path / "ours")
+    close(torch_logits(theirs.eval(), TOKENS), wanted)
+
+
+def test_a_state_dict_may_hold_the_base_s_square_kernels(oracles):
+    model, params = read(oracles("plain")[0])
+    targets, names = linen.targets(model, params, TOKENS), exchange.names_of(model)
+    kernel = params["h_0"]["attn"]["c_proj"]["kernel"]
+    tensors = {"transformer.h.0.attn.c_proj.weight": kernel,
+               "transformer.h.0.attn.c_attn.lora_A": np.ones((2, 30), np.float32),
+               "transformer.h.0.attn.c_attn.lora_B": np.ones((90, 2), np.float32)}  # fmt: skip
+    adapter = exchange.from_state_dict(tensors, params, targets, alpha=4, names=names)
+    assert [site.target.path for site in adapter.sites] == ["h_0/attn/c_attn/kernel"]
 
 
 def test_all_linear_is_every_kernel_and_miss_is_refused():

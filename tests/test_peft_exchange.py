@@ -42,6 +42,7 @@ from lora_mini_jax.methods import (
 )
 from lora_mini_jax.peft import convert, from_state_dict, load, names_of, save
 from lora_mini_jax.plan import Site
+from lora_mini_jax.quantized import quantize
 from tests.cases import draws, randomised
 
 if os.environ.get("CI"):
@@ -311,6 +312,41 @@ def test_what_peft_wrote_is_the_same_function_here(name: str, tiny: World, tmp_p
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["lora", "dora", "adalora"])
+def test_a_file_may_have_a_higher_rank_than_a_new_adapter(
+    name: str, tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    kind, settings, method = IMPORTS[name]
+    wide = {"r": 20, "init_r": 20, "target_r": 20, "modules_to_save": None}
+    own = {k: wide.get(k, v) for k, v in settings.items()}
+    monkeypatch.setitem(IMPORTS, name, (kind, own | {"target_modules": ["q_proj"]}, method))
+    theirs = from_peft(tiny, tmp_path / "peft", name)
+    adapter = load(tmp_path / "peft", tiny.params, tiny.targets)
+    close(tiny.ours(adapter), theirs)
+    storage.save(tmp_path / "ours", adapter, tiny.params)
+    close(tiny.ours(storage.load(tmp_path / "ours", tiny.params)), theirs)
+    with pytest.raises(UserError, match="rank 20 exceeds"):
+        tiny.adapter(adapter.sites[0].method, "q_proj")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_kernels_saved_whole_replace_quantised_ones(tiny: World, tmp_path: Path):
+    given = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["up_proj", "lm_head"])
+    model = peft.get_peft_model(copy.deepcopy(tiny.torch), given)
+    model.save_pretrained(tmp_path / "peft")
+    base = quantize(tiny.params, tiny.select("up_proj|v_proj"), "int8")
+    adapter = load(tmp_path / "peft", base, tiny.targets)
+    merged = merge(base, adapter)
+    for name in ("up_proj", "gate_proj"):
+        kernel = merged["layers_0"]["mlp"][name]["kernel"]
+        close(kernel, tiny.params["layers_0"]["mlp"][name]["kernel"])
+    save(tmp_path / "out", adapter, base)
+    there = load_file(tmp_path / "peft" / TENSORS)
+    for key, tensor in load_file(tmp_path / "out" / TENSORS).items():
+        close(tensor, there[key])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_random_factors_from_a_file_stay_with_the_adapter(tiny: World, tmp_path: Path):
     from_peft(tiny, tmp_path / "peft", "vera")
     adapter = load(tmp_path / "peft", tiny.params, tiny.targets)
@@ -410,7 +446,16 @@ BAD = {
     "a setting of tomorrow": ("use_magic=True", {"use_magic": True}, None),
     "another method": ("peft_type 'IA3': supported are LORA", {"peft_type": "IA3"}, None),
     "a wrong type": ("rank is 'two'", {"r": "two", "rank_pattern": {}}, None),
-    "a rank too high": ("rank 99 exceeds", {"r": 99, "rank_pattern": {}}, "rank"),
+    "kinds of settings": (
+        r"target_modules is 5, neither .*; exclude_modules is '\(', neither .*; modules_to_save is "
+        r"'lm_head', no list .*; layers_to_transform is '0', neither .*; layers_pattern is \[5\], "
+        r"neither .*; use_dora is 'no', neither true nor false: correct it",
+        {"target_modules": 5, "exclude_modules": "(", "modules_to_save": "lm_head",
+         "layers_to_transform": "0", "layers_pattern": [5], "use_dora": "no"},
+        None,
+    ),
+    "saved names": (r"modules_to_save is \['\('\], no list", {"modules_to_save": ["("]}, None),
+    "a list of methods": (r"peft_type \['LORA'\]: supported are", {"peft_type": ["LORA"]}, None),
     "tensors": (
         r"layers.0.self_attn.v_proj.lora_B is missing.*layers.1.mlp.down_proj.lora_A is \(1, 24\), "
         r"not \(2, 24\).*model.layers.9.q_proj.lora_A is extra.*bias.* is extra",
@@ -430,10 +475,6 @@ def spoil(how: str | None, found: dict) -> dict:
         found[f"{at}.9.q_proj.lora_A.weight"] = found["bias"] = np.ones((2, 2), np.float32)
     if how == "module":
         return {k: v for k, v in found.items() if "layers.0.self_attn.q_proj" not in k}
-    if how == "rank":
-        wide = {"lora_A": (99, 24), "lora_B": (16, 99)}
-        return {f"{at}.{i}.mlp.down_proj.{k}.weight": np.ones(v, np.float32)
-                for k, v in wide.items() for i in range(2)}  # fmt: skip
     if how == "base":
         key = "base_model.model.model.embed_tokens.base_layer.weight"
         found[key] = found[key] + 1
@@ -451,8 +492,6 @@ def test_a_folder_that_cannot_be_read_says_why(case: str, tiny: World, tmp_path:
             (tmp_path / "adapter_model.bin").touch()
     else:
         edit(tmp_path, **settings)
-        if how == "rank":
-            edit(tmp_path, target_modules=["down_proj"])
         retensor(tmp_path, lambda found: spoil(how, found))
     with pytest.raises(UserError, match=message) as raised:
         load(tmp_path, tiny.params, tiny.targets)

@@ -108,6 +108,7 @@ def _wrong_rows(config: Any, rows: list[np.ndarray], new: int) -> list[str]:
         bad.append(f"max_new_tokens={new} is below 1")
     longest = max((row.size for row in rows), default=0)
     limit = getattr(config, "max_position_embeddings", None)  # a T5's positions have none
-    if limit and longest + new > limit:
+    # The last token may stand past the end: what would follow it is never read.
+    if limit and longest + new - 1 > limit:
         bad.append(f"{longest} prompt tokens and max_new_tokens={new} exceed the model's {limit}")
     return bad

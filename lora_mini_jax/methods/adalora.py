@@ -35,8 +35,7 @@ class AdaLoRA(LowRank):
         total_steps: how many updates the run has; the commands fill it in.
         target_rank: the mean rank in the end, at most ``rank``.
         tinit, tfinal, delta_t: updates before pruning, with the final pattern, between prunings.
-        beta1, beta2: of the averages of sensitivity and deviation; orth_reg_weight: of the loss
-            term.
+        beta1, beta2: of the running averages; orth_reg_weight: of the loss term.
 
     Raises:
         UserError: a number out of its range, or ``total_steps`` not above ``tinit + tfinal``.
@@ -47,6 +46,7 @@ class AdaLoRA(LowRank):
     """
 
     name = "adalora"
+    any_rank = True
     rank: int = 12
     total_steps: int = 1000
     target_rank: int = 8

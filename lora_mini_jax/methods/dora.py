@@ -40,6 +40,7 @@ class DoRA(LowRank):
     """
 
     name = "dora"
+    any_rank = True
     reads_kernel = True
 
     def init(self, key: jax.Array, kernel: jax.Array) -> tuple[Factors, Factors]:

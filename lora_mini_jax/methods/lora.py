@@ -34,6 +34,7 @@ class LoRA(LowRank):
     """
 
     name = "lora"
+    any_rank = True
 
     rslora: bool = False
 

@@ -30,7 +30,8 @@ _RULES = (
     (("eos_token_id",), is_ids, "no token id"),
     (("activation_function",), is_activation, ACTIVATION),
 )  # fmt: skip
-_PLAIN = {"model_type": "gpt2", "add_cross_attention": False, "pruned_heads": {}}
+_PLAIN = {"model_type": "gpt2", "is_causal": True, "add_cross_attention": False,
+          "pruned_heads": {}}  # fmt: skip
 """What other keys of ``config.json`` must be."""
 
 

@@ -27,8 +27,9 @@ class Kind:
         period: where there is a window, every ``period``-th layer sees all, unless
             ``layer_types`` says otherwise; 0: none does.
         may_switch_off: ``use_sliding_window`` says whether there is a window.
-        rule: in a file without ``layer_types``, how many layers come before those with a window
-            (``max_window_layers``); None is `period`.
+        rule: the key that says where the windows are in a file without ``layer_types``, and what
+            is taken for it where it is missing: how many layers come before those with a window,
+            or every which layer sees all. Without a key the file has no say.
         activation: the key of the activation.
     """
 
@@ -41,7 +42,7 @@ class Kind:
     sandwich: bool = False
     period: int = 0
     may_switch_off: bool = False
-    rule: int | None = None
+    rule: tuple[str, int] = ("", 0)
     activation: str = "hidden_act"
 
 
@@ -52,10 +53,10 @@ KINDS = {
         {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     ),
     "Qwen2ForCausalLM": Kind("qwen2", _WINDOWS, _QWEN, qkv_bias=True, may_switch_off=True,
-                             rule=28),
+                             rule=("max_window_layers", 28)),
     "Qwen3ForCausalLM": Kind(
         "qwen3", ("attention_bias", *_WINDOWS), _QWEN | {"head_dim": 128}, qk_norm=True,
-        may_switch_off=True, rule=28,
+        may_switch_off=True, rule=("max_window_layers", 28),
     ),
     "GemmaForCausalLM": Kind(
         "gemma", ("attention_bias",),
@@ -77,7 +78,8 @@ KINDS = {
         _GEMMA | {"num_key_value_heads": 4, "max_position_embeddings": 131072,
                   "sliding_window": 4096, "query_pre_attn_scalar": 256, "rope_theta": 1e6,
                   "rope_local_base_freq": 1e4},
-        qk_norm=True, plus_one=True, sandwich=True, period=6, activation="hidden_activation",
+        qk_norm=True, plus_one=True, sandwich=True, period=6,
+        rule=("sliding_window_pattern", 6), activation="hidden_activation",
     ),
 }  # fmt: skip
 """The architectures, by their names in ``config.json``."""

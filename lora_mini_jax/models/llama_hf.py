@@ -41,9 +41,6 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
     given = {name: _NULLS[name] if value is None else value for name, value in given.items()
              if value is not None or name in _NULLS}  # fmt: skip
     out = {**kind.defaults, "architecture": architecture, **given, **ropes}
-    if kind.model_type == "gemma" and out.get("hidden_act") == "gelu":
-        # The first files say so and mean the approximation; transformers 5 reads them so too.
-        out["hidden_act"] = "gelu_pytorch_tanh"
     if kind.may_switch_off and not hf.get("use_sliding_window"):
         out["sliding_window"] = None
     if "layer_types" in kind.options and "layer_types" not in given:
@@ -63,18 +60,19 @@ def _architecture(hf: dict[str, Any]) -> str:
 
 def _refused(hf: dict[str, Any], kind: Kind) -> list[str]:
     """The settings that would make another model than the one here."""
-    plain: dict[str, Any] = {"model_type": kind.model_type}
+    plain: dict[str, Any] = {"model_type": kind.model_type, "is_causal": True,
+                             "use_bidirectional_attention": False}  # fmt: skip
     if kind.model_type == "gemma3_text":
-        plain |= {"attn_logit_softcapping": None, "use_bidirectional_attention": False}
+        plain["attn_logit_softcapping"] = None
     return [f"{name} {hf[name]!r} is not supported here, only {want!r}"
             for name, want in plain.items() if hf.get(name) not in (None, want)]  # fmt: skip
 
 
 def _by_rule(hf: dict[str, Any], kind: Kind, out: dict[str, Any]) -> tuple[str, ...]:
     """``layer_types`` as older files say them: by a number."""
-    name = "max_window_layers" if kind.may_switch_off else "sliding_window_pattern"
-    number, depth = hf.get(name, kind.rule), hf["num_hidden_layers"]
-    if out["sliding_window"] is None or number is None or not is_depth(depth):
+    name, usual = kind.rule
+    number, depth = hf.get(name, usual), hf["num_hidden_layers"]
+    if out["sliding_window"] is None or not name or number is None or not is_depth(depth):
         return ()
     if not is_size(number, 0 if kind.may_switch_off else 1):
         raise UserError(f"Llama config: {name}={number!r} is no number of layers; correct "

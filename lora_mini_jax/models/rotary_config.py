@@ -27,8 +27,11 @@ def read_ropes(hf: dict[str, Any], theta: float, local: float | None) -> tuple[d
         own, given = given.get(LOCAL) or {}, given[GLOBAL] or {}
         if not isinstance(own, dict) or not isinstance(given, dict):
             return {}, ["rope_parameters has kinds of layers that are no objects"]
-        if own.get("rope_type", "default") != "default":
-            return {}, [f"rope_type {own['rope_type']!r} of sliding layers is not supported"]
+        if (kind := _kind(own)) != "default":
+            return {}, [f"rope_type {kind!r} of sliding layers is not supported"]
+    for rope in (given, own or {}):
+        if "type" in rope and rope["type"] != _kind(rope):
+            return {}, [f"rope_type {_kind(rope)!r} contradicts type {rope['type']!r}"]
     if any((place.get("partial_rotary_factor") or 1.0) != 1.0 for place in (given, hf)):
         return {}, ["partial_rotary_factor other than 1 is not supported"]
     out: dict[str, Any] = {"rope_theta": given.get("rope_theta", hf.get("rope_theta") or theta)}
@@ -39,9 +42,14 @@ def read_ropes(hf: dict[str, Any], theta: float, local: float | None) -> tuple[d
     return out, problems
 
 
+def _kind(rope: dict[str, Any]) -> Any:
+    """What an object says of its kind; older files call it ``type``."""
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
 def _scaling(rope: dict[str, Any], theta: Any, hf: dict) -> tuple[Scaling | None, list[str]]:
     """The stretch that an object asks for, and what is wrong with it."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = _kind(rope)
     if kind == "default":
         return None, []
     if not isinstance(kind, str) or kind not in SCALINGS:

@@ -36,7 +36,7 @@ _RULES = (
      f"not supported, only {', '.join(map(repr, _FORWARD))}"),
 )  # fmt: skip
 _PLAIN = {"model_type": "t5", "is_encoder_decoder": True}
-"""What other keys of ``config.json`` must be."""
+"""What is written beside the fields."""
 
 
 @dataclass(frozen=True)
@@ -132,13 +132,20 @@ class T5Config:
             UserError: a variant that is not supported, and missing or senseless values, all in one
                 line.
         """
-        given = read_fields(cls, hf, "T5", REQUIRED, _PLAIN)
+        given = read_fields(cls, hf, "T5", REQUIRED, {**_PLAIN, "is_causal": True})
         if given.get("tie_word_embeddings") is True and hf.get("scale_decoder_outputs") is not None:
             # Transformers 5 says here what tie_word_embeddings, always true there, used to say.
             given["tie_word_embeddings"] = hf["scale_decoder_outputs"]
         if "pad_token_id" in given:
             given.setdefault("decoder_start_token_id", given["pad_token_id"])
-        return cls(**given)
+        config = cls(**given)
+        # Transformers writes these two as well, and where they are there goes by them.
+        says = {"dense_act_fn": config.activation, "is_gated_act": config.gated}
+        bad = [f"{name} {hf[name]!r}" for name, v in says.items() if hf.get(name) not in (None, v)]
+        if bad:
+            raise UserError(f"T5 config: {', '.join(bad)} contradicts feed_forward_proj "
+                            f"{config.feed_forward_proj!r}; correct config.json")  # fmt: skip
+        return config
 
     def to_hf(self) -> dict[str, Any]:
         """The ``config.json`` dict."""

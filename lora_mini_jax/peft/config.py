@@ -12,6 +12,7 @@ from lora_mini_jax.method import Method
 from lora_mini_jax.methods import LoRA, MiSS, VeRA
 from lora_mini_jax.methods.adalora import AdaLoRA
 from lora_mini_jax.methods.dora import DoRA
+from lora_mini_jax.peft.checks import misfits
 
 FILE = "adapter_config.json"
 Config = Mapping[str, Any]
@@ -72,7 +73,7 @@ def method_of(config: Config, module: str, folder: Path) -> Method:
     """
     try:
         return _method_of(config, module)
-    except (TypeError, ValueError, AttributeError, re.error) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
         raise UserError(f"{folder / FILE}, for {module}: {error}") from None
 
 
@@ -132,7 +133,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     config = read_object(folder / FILE)
     kind = config.get("peft_type")
-    if kind not in SETTINGS:
+    if not isinstance(kind, str) or kind not in SETTINGS:
         raise UserError(f"{folder / FILE} has peft_type {kind!r}: supported are {supported()}")
     known = {*SETTINGS[kind], *_GENERAL, *_HARMLESS}
     if kind == "ADALORA":
@@ -147,6 +148,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     if lacking := [name for name in _REQUIRED[kind] if name not in config]:
         raise UserError(f"{folder / FILE} lacks {', '.join(lacking)}: fetch it again")
+    if wrong := misfits(config):
+        raise UserError(f"{folder / FILE}: {'; '.join(wrong)}: correct it or fetch it again")
     return config
 
 

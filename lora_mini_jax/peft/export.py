@@ -16,10 +16,11 @@ from lora_mini_jax.methods import LoRA, VeRA
 from lora_mini_jax.methods.full import Full
 from lora_mini_jax.peft import config, tensors, vera
 from lora_mini_jax.peft.leaves import LEAVES
-from lora_mini_jax.peft.names import Names, Place, is_tied, places
+from lora_mini_jax.peft.names import Names, Place, llama_names, places
+from lora_mini_jax.peft.tables import obstacle
 from lora_mini_jax.peft.targeting import family_tree, modules_to_save, target_modules
 from lora_mini_jax.transform import merge
-from lora_mini_jax.tree import flatten, float32, unflatten
+from lora_mini_jax.tree import dense, flatten, float32, unflatten
 
 
 class _Piece(NamedTuple):
@@ -67,7 +68,8 @@ def save(
         UserError: a method that has no such form (SwitchLoRA, ReLoRA, full fine-tuning alone;
             as LoRA also DoRA and MiSS in mode bat): merge it instead. MiSS for kernels that
             are stored (in, out). Kernels that differ in what a PEFT config has one of. A table
-            that the output head or both halves of a T5 share. A disk that is full.
+            that the output head or both halves of a T5 share, or that is read without a call of its
+            module (DeBERTa's ``rel_embeddings``, but for full fine-tuning). A disk that is full.
     """
     from safetensors.numpy import save_file
 
@@ -94,6 +96,7 @@ def convert(
     fan_in_fan_out: bool | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors and the config that `save` writes; arguments and errors as there."""
+    names = names or llama_names(params)
     found = places(params, [site.target for site in adapter.sites], names)
     if fan_in_fan_out is None:
         fan_in_fan_out = bool(getattr(names, "keeps_layout", False))
@@ -101,9 +104,11 @@ def convert(
     if len(whole) == len(adapter.sites):
         raise UserError("full fine-tuning alone is no adapter, and PEFT has no file for it: merge "
                         "it into the model (merge, then models.save)")  # fmt: skip
-    if tied := [s.target.path for s in adapter.sites if is_tied(found[s.target.path], params)]:
-        raise UserError(f"{tied[0]} may be the output head too, which PEFT would leave as it was: "
-                        "merge the adapter into the model (merge, then models.save)")  # fmt: skip
+    for site in adapter.sites:
+        path, is_whole = site.target.path, isinstance(site.method, Full)
+        if why := obstacle(found[path], names, params, is_whole):
+            raise UserError(f"{path} {why}: merge the adapter into the model (merge, then "
+                            "models.save)")  # fmt: skip
     pieces = _pieces(adapter, found, as_lora)
     by_module = {module: config.settings(piece.method) for piece in pieces
                  for module in piece.place.modules}  # fmt: skip
@@ -185,7 +190,7 @@ def _whole(
         if path not in values and len(place.shape) > 1:
             raise UserError(f"PEFT saves modules whole, and {path} is in one of which another "
                             "parameter is trained: add it to modules_to_save")  # fmt: skip
-        for name, tensor in place.split(values.get(path, flat[path])).items():
+        for name, tensor in place.split(values.get(path, dense(flat[path]))).items():
             if name.rpartition(".")[0] in modules:
                 whole[name] = place.to_torch(tensor, keeps_layout)
     return whole

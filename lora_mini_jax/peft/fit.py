@@ -14,10 +14,11 @@ from lora_mini_jax.methods import VeRA
 from lora_mini_jax.methods.full import Full
 from lora_mini_jax.peft import vera
 from lora_mini_jax.peft.leaves import LEAVES, tensor_shapes
-from lora_mini_jax.peft.names import Place, is_tied
+from lora_mini_jax.peft.names import Names, Place
+from lora_mini_jax.peft.tables import obstacle
 from lora_mini_jax.peft.tensors import Tensors, sort
 from lora_mini_jax.plan import Site, check
-from lora_mini_jax.tree import flatten
+from lora_mini_jax.tree import flatten, float32
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ def build(
     given: Plan,
     params: Mapping[str, Any],
     found: Mapping[str, Place],
+    names: Names,
 ) -> Adapter:
     """The adapter, once everything fits; what does not is one error."""
     tensors = sort(arrays)
@@ -44,16 +46,15 @@ def build(
     base = flatten(params)
     dense, misfits = _saved(tensors, given, found, base)
     wrong = tensors.wrong + wrong + misfits + _extra(tensors, found)
-    wrong += [f"{path} may be the output head too, which PEFT leaves as it was"
-              for path in [*(s.target.path for s in sites), *dense]
-              if is_tied(found[path], params)]  # fmt: skip
+    wrong += [f"{path} {why}" for path in [*(s.target.path for s in sites), *dense]
+              if (why := obstacle(found[path], names, params, path in dense))]  # fmt: skip
     if not sites and not wrong:
         wrong.append("it adapts none of the kernels")
     if wrong:
         raise UserError(f"{given.source} does not fit: {'; '.join(wrong)}")
     sites += [Site(found[path].target, Full()) for path in dense]
     try:
-        check(sites)
+        check(sites, new=False)
     except UserError as error:
         raise UserError(f"{given.source}: {error}") from None
     drawn = draw(params, tuple(sites), 0)
@@ -120,7 +121,7 @@ def _saved(
         due = [name for name in place.tensors if given.saves(name)]
         if not due and not any(name in tensors.whole for name in place.tensors):
             continue
-        old, new = place.split(np.asarray(base[path], np.float32)), {}
+        old, new = place.split(float32(base[path])), {}
         for name in place.tensors:
             if name not in tensors.whole:
                 wrong += [f"{name} is missing"] if due else []

@@ -13,7 +13,7 @@ from lora_mini_jax.methods import LoRA
 from lora_mini_jax.methods.dora import DoRA
 from lora_mini_jax.peft import config as configs
 from lora_mini_jax.peft.fit import Plan, build
-from lora_mini_jax.peft.names import Names, places
+from lora_mini_jax.peft.names import Names, llama_names, places
 from lora_mini_jax.peft.targeting import adapts, saves
 from lora_mini_jax.peft.tensors import read, sort
 from lora_mini_jax.tree import Target
@@ -46,14 +46,16 @@ def load(
     """
     folder = Path(folder)
     config = configs.read_config(folder)
+    names = names or llama_names(params)
     given = Plan(
         str(folder),
         lambda module: configs.method_of(config, module, folder),
         lambda module: adapts(config, module),
         lambda tensor: saves(config, tensor),
-        bool(config.get("fan_in_fan_out")),
+        # Where none of the modules it adapts keeps (in, out), PEFT says false of the whole model.
+        bool(getattr(names, "keeps_layout", config.get("fan_in_fan_out"))),
     )
-    return build(read(folder), given, params, places(params, targets, names))
+    return build(read(folder), given, params, places(params, targets, names), names)
 
 
 def from_state_dict(
@@ -106,5 +108,6 @@ def from_state_dict(
             return DoRA(rank, float(alpha * rank**0.5 if rslora else alpha))
         return LoRA(rank, float(alpha), rslora)
 
-    found = places(params, targets, names)
-    return build(chosen, Plan("the state dict", method), params, found)
+    names = names or llama_names(params)
+    given = Plan("the state dict", method, keeps_layout=getattr(names, "keeps_layout", False))
+    return build(chosen, given, params, places(params, targets, names), names)

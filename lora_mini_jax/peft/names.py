@@ -1,7 +1,7 @@
 """What Hugging Face calls a parameter: the tensors it is made of there, and their layout."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,8 @@ class ModelNames:
 
 
 def names_of(model: Any) -> ModelNames:
-    """The names of a model that `models.load` gave.
+    """The names of a model that `models.load` gave, as Hugging Face's class for it has them: the
+    bare encoder there lacks the prefix that files give its tensors.
 
     Raises:
         UserError: a model of another kind, whose names only its author knows.
@@ -59,6 +60,8 @@ def names_of(model: Any) -> ModelNames:
         raise UserError(
             f"{error}; give names, a function from a parameter's path to its names"
         ) from None
+    if family.trunk and model.config.task is None:
+        family = replace(family, prefix="", copies={})
     return ModelNames(family, lambda path: family.depth(model.config, path))
 
 
@@ -133,16 +136,13 @@ class Place:
         return tensor if tensor.shape == self.shape else None
 
 
-def places(
-    params: Mapping[str, Any], targets: Iterable[Target], names: Names | None
-) -> dict[str, Place]:
+def places(params: Mapping[str, Any], targets: Iterable[Target], names: Names) -> dict[str, Place]:
     """Every parameter's place, by path.
 
     Raises:
         UserError: names that do not fit: two parameters of one name, or as many names as a
             parameter has no tensors.
     """
-    names = names or llama_names(params)
     found = {t.path: Place(t, tuple(names(t.path))) for t in parameters(params, targets)}
     wrong, owners = [], {}
     for path, place in found.items():
@@ -156,20 +156,3 @@ def places(
     if wrong:
         raise UserError(f"the names do not fit the parameters: {'; '.join(wrong)}")
     return found
-
-
-def is_tied(place: Place, params: Mapping[str, Any]) -> bool:
-    """Whether the output head may share this table: a table, in a model whose head has no words of
-    its own. PEFT then adapts the lookup alone, whereas here the head follows its table. Also a T5's
-    ``shared``, which its encoder and its decoder hold too: PEFT would adapt neither."""
-    rows = place.shape[0]
-    if place.modules == ("shared",):
-        return True
-
-    def is_own_head(path: str, leaf: Any) -> bool:
-        names = path.split("/")
-        words = leaf.ndim > 1 and rows in leaf.shape
-        return any(head in names for head in OUTPUT_HEADS) and (words or "lm_head" not in names)
-
-    heads = (is_own_head(path, leaf) for path, leaf in flatten(params).items())
-    return place.target.kind == "embed" and not any(heads)

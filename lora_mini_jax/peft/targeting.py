@@ -89,7 +89,7 @@ def _in_layers(layers: Any, patterns: Any, module: str) -> bool:
     if layers is None or layers == []:
         return True
     patterns = [patterns] if isinstance(patterns, str) else patterns or ["[^.]*"]
-    found = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns)
+    found = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", module) for pattern in patterns)
     match = next((m for m in found if m), None)
     chosen = [layers] if isinstance(layers, int) else layers
-    return match is not None and int(match[1]) in chosen
+    return match is not None and int(match["layer"]) in chosen
