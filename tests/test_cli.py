@@ -1,6 +1,7 @@
 """The command line: what it prints, and that every mistake is one line and exit code 2."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -95,6 +96,20 @@ def test_generate_continues_prompts_with_and_without_the_adapter(place, capsys):
     assert adapted.startswith("say red 1")
 
 
+def test_the_base_is_the_adapters_own_unless_another_is_named(place, capsys, tmp_path):
+    adapter = ["--adapter", str(place / "run" / "adapter")]
+    prompt = ["--prompt", "say red 1\n", "--max-new-tokens", "3"]
+    main(["generate", "--model", str(place / "model"), *adapter, *prompt])
+    named = capsys.readouterr().out
+    main(["generate", *adapter, *prompt])
+    assert capsys.readouterr().out == named
+    shutil.copytree(place / "run" / "adapter", tmp_path / "adapter")
+    record = json.loads((tmp_path / "adapter/adapter.json").read_text())
+    (tmp_path / "adapter/adapter.json").write_text(json.dumps({**record, "base": ""}))
+    said = refused(capsys, "generate", "--adapter", tmp_path / "adapter", *prompt)
+    assert "does not say which model it was trained on: give --model" in said
+
+
 def test_merge_writes_what_transformers_loads_with_equal_logits(place):
     import jax.numpy as jnp
 
@@ -186,8 +201,8 @@ def test_a_folder_whose_name_is_too_long_is_one_line(place, capsys):
     [
         (["--method", "adalora", "--tinit", "5", "--max-steps", "4"], "tinit"),
         (["--method", "diffora", "--inner", "lora", "--max-train-examples", "2"], "two rows"),
-        (["--epochs", "inf"], "--epochs inf never ends: give --max-steps"),
-        (["--seed", "9" * 20], "seed 99999999999999999999"),
+        (["--epochs", "inf"], "--epochs is inf: give a finite number above 0"),
+        (["--seed", "9" * 20], "--seed is 99999999999999999999: give a whole number"),
         (["--tensorboard"], "cannot be imported (no such descriptor)"),
     ],
 )

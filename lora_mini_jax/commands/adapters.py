@@ -18,7 +18,7 @@ from lora_mini_jax.models.t5 import T5
 from lora_mini_jax.options import Export, Generate, Merge
 from lora_mini_jax.peft import config, tensors
 from lora_mini_jax.runs.finetune import Log
-from lora_mini_jax.tasks.head import head_of, load_for
+from lora_mini_jax.tasks.head import base_of, head_of, load_for
 from lora_mini_jax.tasks.language import continuation
 from lora_mini_jax.transform import merge
 
@@ -29,7 +29,7 @@ def run_generate(options: Generate, say: Log = print) -> list[str]:
     Raises:
         UserError: a model or adapter that cannot be used, or settings out of range.
     """
-    folder = resolve(options.model)
+    folder = resolve(base_of(options.model, options.adapter))
     answers = type(load_module(folder)) is T5
     given = options.adapter
     model, params = load(folder) if given is None else load_for(given, folder)
@@ -70,7 +70,7 @@ def run_merge(options: Merge, say: Log = print) -> None:
     Raises:
         UserError: a model or adapter that cannot be used, or an output folder that is not empty.
     """
-    folder = resolve(options.model)
+    folder = resolve(base_of(options.model, options.adapter))
     model, params = load_for(options.adapter, folder)
     allow = options.allow_different_base
     adapter = storage.load(options.adapter, params, allow_different_base=allow)
@@ -88,7 +88,8 @@ def run_export(options: Export, say: Log = print) -> None:
             output folder that holds anything but an adapter of PEFT's.
     """
     check_replaceable(options.output_dir, {config.FILE, tensors.FILE})
-    model, params = load_for(options.adapter, resolve(options.model))
+    base = base_of(options.model, options.adapter)
+    model, params = load_for(options.adapter, resolve(base))
     allow = options.allow_different_base
     adapter = storage.load(options.adapter, params, allow_different_base=allow)
     peft.save(
@@ -96,7 +97,7 @@ def run_export(options: Export, say: Log = print) -> None:
         adapter,
         params,
         names=peft.names_of(model),
-        base=options.model,
+        base=base,
         as_lora=options.as_lora,
         task_type=_task_type(model, options.adapter),
     )

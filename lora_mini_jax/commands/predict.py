@@ -14,7 +14,7 @@ from lora_mini_jax.files import write_text, writing
 from lora_mini_jax.models.hub import resolve
 from lora_mini_jax.options import Predict
 from lora_mini_jax.runs.loop import Log
-from lora_mini_jax.tasks.head import Head, head_of, load_for
+from lora_mini_jax.tasks.head import Head, base_of, head_of, load_for
 from lora_mini_jax.tasks.label import check_rows, encode
 
 
@@ -33,7 +33,7 @@ def run_predict(options: Predict, say: Log = print) -> list[dict[str, Any]]:
     if head is None:
         raise UserError(f"{options.adapter} was trained for language: give an adapter of finetune "
                         "--task classification or regression, or use generate")  # fmt: skip
-    folder = resolve(options.model or storage.record_of(options.adapter).base)
+    folder = resolve(base_of(options.model, options.adapter))
     tokenizer = load_tokenizer(folder)
     records = read_records(options.data, split=options.split)
     module = head.module(folder)

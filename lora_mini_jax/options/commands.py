@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.options.adapter import BASE, AdapterOptions
+from lora_mini_jax.options.adapter import AdapterOptions
 from lora_mini_jax.options.numbers import COUNT, SEED, check_numbers
 
 
@@ -54,8 +54,9 @@ class Generate:
 
     prompt: tuple[str, ...]
     """One or more prompts; a T5 reads them as sources, and its answers alone are printed."""
-    model: str = BASE
-    """A decoder or a T5: folder or hub id."""
+    model: str | None = None
+    """A decoder or a T5: folder or hub id; by default the one that the adapter was trained on, and
+    without an adapter the model in the package."""
     adapter: str | None = None
     """An adapter folder, such as runs/finetune/adapter."""
     max_new_tokens: int = 64
@@ -112,8 +113,8 @@ class Merge:
     """An adapter folder."""
     output_dir: str
     """The folder to write; must be new or empty."""
-    model: str = BASE
-    """The base model: folder or hub id."""
+    model: str | None = None
+    """The base model: folder or hub id; by default the one the adapter was trained on."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the written weights; a narrow one can lose a small update."""
     allow_different_base: bool = False
@@ -127,9 +128,9 @@ class Export:
     adapter: str
     """An adapter folder."""
     output_dir: str
-    """The folder to write; what was there before is replaced."""
-    model: str = BASE
-    """The base model: folder or hub id."""
+    """The folder to write; must be new or empty, or an adapter of PEFT's, which is replaced."""
+    model: str | None = None
+    """The base model: folder or hub id; by default the one the adapter was trained on."""
     as_lora: bool = False
     """Write a plain LoRA of one rank, its scale in the factors, whatever the method: for servers
     such as vLLM."""

@@ -19,13 +19,13 @@ OF_A_RUN = ("method", "settings", "seed", "output_dir")
 class Compare(Finetune):
     """Run several methods and seeds on one task; table, JSON and plots.
 
-    With the config.json of a run, all but that run's method and seed is taken from it.
+    With the config.json of a run, all but that run's method, its settings and seed is taken.
     """
 
     # As class variables they are no options any more: each run of a comparison has its own.
     method: ClassVar[str] = ""  # ty: ignore[incompatible-attribute-override]
     seed: ClassVar[int] = 0  # ty: ignore[incompatible-attribute-override]
-    passed_over: ClassVar[tuple[str, ...]] = ("method", "seed")
+    passed_over: ClassVar[tuple[str, ...]] = ("method", "settings", "seed")
 
     output_dir: str = "runs/compare"
     """The folder of the comparison; every run has its own inside."""
@@ -40,6 +40,9 @@ class Compare(Finetune):
         if not self.methods or not self.seeds:
             raise UserError("--methods and --seeds need at least one each")
         check_numbers(self, {"seeds": SEED})
+        if len({*self.methods}) < len(self.methods) or len({*self.seeds}) < len(self.seeds):
+            raise UserError("--methods and --seeds say one more than once: a run that is counted "
+                            "twice makes the spread too small")  # fmt: skip
         for spec in self.methods:  # which checks all options that the runs share
             self.run_options(spec, self.seeds[0])
         there = {n for s in self.methods for n in method_class(split_spec(s)[0]).field_names()}

@@ -29,7 +29,7 @@ def defaults_from(cls: "type[DataclassInstance]", path: str) -> Any:
     from tyro import MISSING as REQUIRED  # of no use to those who only import the options
 
     given = read_object(path)
-    for name in getattr(cls, "passed_over", ()):
+    for name in getattr(cls, "passed_over", ()) if "method" in given else ():  # it is a run's
         given.pop(name, None)
     values, settings = _checked(cls, path, given)
     options: Any = object.__new__(cls)

@@ -5,7 +5,6 @@ import math
 from lora_mini_jax.adapter import Adapter, count
 from lora_mini_jax.calibration import calibrate
 from lora_mini_jax.devices import Devices
-from lora_mini_jax.errors import UserError
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.runs.best import Best
 from lora_mini_jax.runs.folder import Row, RunFolder
@@ -109,14 +108,6 @@ def summarize(
 
 
 def total_steps(options: Finetune, steps_per_epoch: int) -> int:
-    """How many updates the options ask for.
-
-    Raises:
-        UserError: an endless run.
-    """
-    if math.isinf(options.epochs):
-        if options.max_steps is None:
-            raise UserError("--epochs inf never ends: give --max-steps, or a number of epochs")
-        return options.max_steps
+    """How many updates the options ask for."""
     steps = max(1, math.ceil(options.epochs * steps_per_epoch))
     return min(steps, options.max_steps) if options.max_steps else steps

@@ -11,7 +11,6 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from lora_mini_jax.adapter import as_key
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import writes
 from lora_mini_jax.options import Training
@@ -145,12 +144,7 @@ def typical(rows: Iterable[Row], name: str) -> float:
 
 
 def check_start(options: Training) -> None:
-    """What a run would stumble over only when its folder is there.
-
-    Raises:
-        UserError: a seed that JAX cannot take, or TensorBoard's logs without their writer.
-    """
-    as_key(options.seed)
+    """Raise `UserError` for TensorBoard's logs without their writer, before a folder is made."""
     if options.tensorboard and writes():
         _writer()
 

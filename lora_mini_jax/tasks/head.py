@@ -14,6 +14,7 @@ from lora_mini_jax.models import load
 from lora_mini_jax.models.families import FAMILIES, family_of
 from lora_mini_jax.models.fresh import asked
 from lora_mini_jax.models.hub import load_module
+from lora_mini_jax.options import BASE
 from lora_mini_jax.quantized import quantizer
 from lora_mini_jax.tasks.task import all_targets
 
@@ -89,6 +90,20 @@ def head_of(adapter: str | Path) -> Head | None:
     """The head that an adapter's folder says its model has; None where it keeps its own."""
     record = storage.record_of(adapter).task
     return None if record is None else Head.from_dict(record, adapter)
+
+
+def base_of(model: str | None, adapter: str | None) -> str:
+    """The base model: the one that is named, or the adapter's own; without either the package's.
+
+    Raises:
+        UserError: an adapter that does not say its own, as one that was saved in Python may not.
+    """
+    if model is not None or adapter is None:
+        return BASE if model is None else model
+    own = storage.record_of(adapter).base
+    if not own:
+        raise UserError(f"{adapter} does not say which model it was trained on: give --model")
+    return own
 
 
 def load_for(adapter: str | Path, folder: Path) -> tuple[Any, Any]:
