@@ -74,6 +74,9 @@ def prepared(
 
 def called_sites(adapter: Adapter) -> dict[str, Site]:
     """The sites that a layer's call adds something to, by path; an array is only replaced."""
+    if not isinstance(adapter, Adapter):
+        raise UserError(f"a {type(adapter).__name__} is no adapter: call apply(params, adapter, "
+                        "inputs), with one of a bank's adapters where there are many")  # fmt: skip
     return {site.target.path: site for site in adapter.sites if site.target.kind != "array"}
 
 

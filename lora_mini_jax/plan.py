@@ -57,6 +57,8 @@ def plan(
         UserError: a pattern that matches none of the targets, a field the method does not have,
             or kernels the method cannot adapt: all of them in one message.
     """
+    if not isinstance(method, Method):
+        raise UserError(f"{method!r} is no method: give one with its settings, LoRA(rank=8)")
     targets, overrides = tuple(targets), overrides or {}
     for pattern in overrides:
         if not any(matches(t, pattern) for t in targets):

@@ -121,6 +121,10 @@ def test_what_cannot_be_adapted_is_refused_naming_the_kernels():
     counts = {**PARAMS, "up": {**PARAMS["up"], "kernel": jnp.zeros(up[0].shape, jnp.int32)}}
     with pytest.raises(UserError, match=r"only real floating numbers .*: up/kernel is int32"):
         init(counts, Full(), up)
+    with pytest.raises(UserError, match=r"LoRA'> is no method: give one .* LoRA\(rank=8\)"):
+        init(PARAMS, LoRA, up)  # ty: ignore[invalid-argument-type]
+    with pytest.raises(UserError, match=r"a dict is no adapter: call apply\(params, adapter"):
+        linen.adapt(MODEL)(init(PARAMS, LoRA(rank=2), up), PARAMS)
     with pytest.raises(UserError, match=r"a random key is a seed .* not None"):
         init(PARAMS, LoRA(rank=2), up, None)  # ty: ignore[invalid-argument-type]
     with pytest.raises(UserError, match="'head-only' matches no kernel"):
