@@ -4,8 +4,6 @@ NNX has no interceptor. `adapt` takes the model apart once; every call puts it t
 the parameters it is given, inside the traced function, and there replaces the layers by ones whose
 calls are adapted. Factors are variables of the layer, of the kernel's own kind, so ``nnx.scan`` and
 ``nnx.vmap`` slice them along with it. Adapters, methods and checkpoints are those of Linen.
-
-Not imported by ``import lora_mini_jax``: write ``from lora_mini_jax import nnx``.
 """
 
 from collections import Counter

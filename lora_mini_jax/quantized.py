@@ -1,6 +1,6 @@
 """A frozen base in 8 or 4 bits: kernels that are dequantised where a layer uses them.
 
-The arithmetic is qwix's (install ``lora-mini-jax[quantized]``). A quantised kernel is a box of
+The arithmetic is qwix's (``pip install qwix``). A quantised kernel is a box of
 Flax's kind, which ``nn.Dense`` and all other layers open when they ask for their parameter, in a
 scan one layer at a time: models, adapters and training step need not know. Merging and exporting
 give dense kernels.
@@ -129,9 +129,7 @@ def quantized(kernel: jax.Array, target: Target, bits: Bits) -> Quantized:
     try:
         import qwix
     except ImportError:
-        raise UserError(
-            "quantised kernels need qwix: pip install lora-mini-jax[quantized]"
-        ) from None
+        raise UserError("quantised kernels need qwix: pip install qwix") from None
     if bits not in ("int8", "nf4"):
         raise UserError(f"{bits!r} is not allowed: give int8 or nf4")
     ins = [target.stack + axis for axis in target.ins]

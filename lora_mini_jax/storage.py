@@ -1,4 +1,4 @@
-"""A finished adapter as a folder: ``adapter.json`` and ``adapter.safetensors``, a few kilobytes.
+"""A finished adapter as a folder: ``adapter.json`` and ``adapter.safetensors``.
 
 Saved are the trained leaves, the random key, the sites with their methods, and those frozen leaves
 that cannot be drawn again. The others are drawn when loading, and checked against a sketch; so is

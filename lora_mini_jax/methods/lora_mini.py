@@ -26,7 +26,7 @@ class LoRAMini(LowRank):
     ``A_aux (in, a)`` and ``B_aux (b, out)`` are frozen; ``A (a, rank)`` and ``B (rank, b)`` are
     trained: ``rank (a + b)`` float32 parameters per kernel, whatever the kernel's size.
     ``A ~ U(-1/sqrt(a), 1/sqrt(a))`` and ``B = 0``, so training starts at the unchanged model.
-    The frozen factors are a function of the key (and the kernel, for ``svd``): they are not saved.
+    Frozen factors follow from the key (for ``svd`` the kernel too); only those from data are saved.
 
     Args:
         rank: the inner width, at most ``min(a, b)``.
