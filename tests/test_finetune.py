@@ -22,7 +22,6 @@ from lora_mini_jax.runs.finetune import finetune, total_steps
 from lora_mini_jax.runs.folder import RunFolder
 from lora_mini_jax.runs.schedule import learning_rate
 from lora_mini_jax.tasks import language
-from lora_mini_jax.tasks.language import continuation
 from lora_mini_jax.tasks.task import prepare
 from tests.runs import options, stopped_at, write_data
 
@@ -238,9 +237,9 @@ def test_a_continuation_keeps_the_space_before_its_first_word():
     backend.decoder = tokenizers.decoders.Metaspace()
     tokenizer = Tokenizer(backend, None, None, 3, None, {})
     assert tokenizer.decode([1]) == "upon"
-    assert continuation(tokenizer, [0], [1]) == " upon"
-    assert continuation(tokenizer, [0], [2, 1]) == "n upon"
-    assert continuation(tokenizer, [], [1]) == "upon"
+    assert tokenizer.continuation([0], [1]) == " upon"
+    assert tokenizer.continuation([0], [2, 1]) == "n upon"
+    assert tokenizer.continuation([], [1]) == "upon"
 
 
 def test_dropout_is_for_training_and_not_for_evaluation(finished, place):

@@ -19,7 +19,6 @@ from lora_mini_jax.options import Export, Generate, Merge
 from lora_mini_jax.peft import config, tensors
 from lora_mini_jax.runs.finetune import Log
 from lora_mini_jax.tasks.head import base_of, head_of, load_for
-from lora_mini_jax.tasks.language import continuation
 from lora_mini_jax.transform import merge
 
 
@@ -50,7 +49,7 @@ def run_generate(options: Generate, say: Log = print) -> list[str]:
         seed=options.seed,
     )
     texts = [
-        tokenizer.decode(ids) if answers else continuation(tokenizer, prompt, ids)
+        tokenizer.decode(ids) if answers else tokenizer.continuation(prompt, ids)
         for prompt, ids in zip(prompts, written, strict=True)
     ]
     for prompt, text in zip(options.prompt, texts, strict=True):

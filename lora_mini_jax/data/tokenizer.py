@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from lora_mini_jax.data.chat import Message, assistant_spans, render_chat
@@ -44,6 +45,14 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; special tokens are left out."""
         return self.backend.decode(list(ids))
+
+    def continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """What ``ids`` add to the text of ``prompt``: decoded alone they would lack the space that
+        many tokenizers leave out where a text begins."""
+        before, whole = self.decode(prompt), self.decode([*prompt, *ids])
+        # The prompt's last character may be whole only now.
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
+        return whole[len(list(same)) :]
 
     def apply_chat_template(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,7 @@ class LanguageTask(Task):
 
     def text(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
         """What the ids written after a prompt say."""
-        return continuation(self.tokenizer, prompt, ids)
+        return self.tokenizer.continuation(prompt, ids)
 
     def written(self, adapter: Adapter | None) -> list[list[int]]:
         """The token ids that the model writes after each of the prompts, greedily."""
@@ -100,15 +99,6 @@ class LanguageTask(Task):
     def inputs(self, batch: Any) -> tuple[Any, ...]:
         """What the model reads of a batch."""
         return batch["tokens"], batch["positions"], batch["segment_ids"]
-
-
-def continuation(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
-    """What ``ids`` add to the text of ``prompt``: decoded alone they would lack the space that many
-    tokenizers leave out where a text begins."""
-    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *ids])
-    # The prompt's last character may be whole only now.
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
-    return whole[len(list(same)) :]
 
 
 def prepare(options: Finetune) -> LanguageTask:
