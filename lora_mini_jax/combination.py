@@ -4,6 +4,7 @@ The same results as PEFT's ``add_weighted_adapter``, for every method: what is a
 matrices is combined as such, and any update at all as a dense matrix that the SVD then fits.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -75,10 +76,11 @@ def combine(
     require_choice("how", how, How)
     require_choice("majority", majority, Majority)
     require_number("density", density)
-    if density > 1 or len(adapters) != len(weights) or not adapters:
+    finite = all(map(math.isfinite, weights))
+    if density > 1 or len(adapters) != len(weights) or not adapters or not finite:
         raise UserError(
-            f"{len(adapters)} adapters with {len(weights)} weights at density {density}: give one "
-            "weight for each of at least one adapter, and a density above 0, at most 1"
+            f"{len(adapters)} adapters with weights {list(weights)} at density {density}: give one "
+            "finite weight for each of at least one adapter, and a density above 0, at most 1"
         )
     mix = partial(_mixed, how.removesuffix("_svd"), density, majority)
     check_fit(params, [site.target for adapter in adapters for site in adapter.sites])

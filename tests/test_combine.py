@@ -136,7 +136,8 @@ def test_what_cannot_be_combined_says_why() -> None:
     wider = init(PARAMS, LoRA(4), [TARGET])
     refused: Any = combine
     cases: Any = (
-        ((two, [1.0]), {}, "2 adapters with 1 weights"),
+        ((two, [1.0]), {}, r"2 adapters with weights \[1.0\]"),
+        ((two, [1.0, np.nan]), {}, "one finite weight"),
         ((two, WEIGHTS), {"density": 1.5}, "density 1.5"),
         ((two, WEIGHTS), {"how": "sum"}, "how"),
         (([*two[:1], whole], WEIGHTS), {}, "up/kernel is trained whole"),
