@@ -93,14 +93,18 @@ def rows() -> NamedSharding | None:
     return _rows.get()
 
 
-def axes_within_rows() -> tuple[str, ...]:
-    """The axes of the mesh over which what is in a row is split."""
+def axes_of_rows() -> tuple[str, ...]:
+    """The axes of the mesh over which rows are split."""
     split = rows()
-    if split is None:
-        return ()
-    first = split.spec[0] if len(split.spec) else None
-    taken = first if isinstance(first, tuple) else (first,)
-    return tuple(name for name in split.mesh.axis_names if name not in taken)
+    first = split.spec[0] if split is not None and len(split.spec) else ()
+    return first if isinstance(first, tuple) else (first,) if first else ()
+
+
+def axes_within_rows() -> tuple[str, ...]:
+    """The axes of the mesh over which what is in a row is split: the others."""
+    split = rows()
+    names = () if split is None else split.mesh.axis_names
+    return tuple(name for name in names if name not in axes_of_rows())
 
 
 def ways() -> int:

@@ -169,9 +169,12 @@ def adapt(
             return _split(y, rows, number) if rows else y
 
         def adapted(next_call: Callable, args: tuple, kw: dict, context: Any) -> Any:
-            path, view = view_of(context, args, kw, all_rules) or ("", None)
-            layer = beside.of_layer(context.module, view, this) if path in sites and view else None
-            if view is None or layer is None:
+            call = view_of(context, args, kw, all_rules)
+            if call is None or call[0] not in sites:
+                return next_call(*args, **kw)
+            path, view = call
+            layer = beside.of_layer(context.module, view, this)
+            if layer is None:
                 return next_call(*args, **kw)
             before, (kernel, own) = used[path], layer
             given = context.module, sites[path], view, own, partial(used.update, [path])

@@ -26,10 +26,6 @@ class Product(Method):
     least_rank: ClassVar[int] = 1
     """The smallest rank that makes sense."""
 
-    any_rank: ClassVar[bool] = False
-    """Whether a rank above ``min(in, out)`` works too: no gain, so that new adapters have none,
-    but files may."""
-
     rank: int = 8
 
     def __post_init__(self) -> None:

@@ -90,6 +90,10 @@ class Method(Settings, ABC):
     """Whether `step` makes the optimiser start entries afresh, so that each needs a counter of its
     own: `optim.scale_by_element_adam`."""
 
+    any_rank: ClassVar[bool] = False
+    """Whether a rank above ``min(in, out)`` works too: no gain, so that new adapters have none,
+    but files may."""
+
     takes_dropout: ClassVar[bool] = True
     """Whether its dropout may be anything but the default."""
 

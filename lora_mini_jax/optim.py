@@ -112,8 +112,7 @@ def scale_by_element_adam(
         updates: Any, state: Any, params: Any = None, *, hold: Any = None, **extra_args: Any
     ) -> tuple[Any, ElementAdamState]:
         def kept(new: Any, old: Any, hold: Any) -> Any:
-            counted = not _left_out(new) and old.shape == hold.shape
-            return jnp.where(hold, old, new) if counted else new
+            return jnp.where(hold, old, new) if _by_entry(old, hold) else new
 
         def unless_held(new: Any, old: Any) -> Any:
             if hold is None:
@@ -147,9 +146,7 @@ def forget(tx: optax.GradientTransformation, opt_state: Any, mask: Any) -> Any:
     """
 
     def afresh(leaf: Any, mask: jax.Array) -> Any:
-        # One counter for a whole leaf: of a kernel that never starts afresh.
-        kept = not _left_out(leaf) and leaf.shape == mask.shape
-        return jnp.where(mask, 0, leaf) if kept else leaf
+        return jnp.where(mask, 0, leaf) if _by_entry(leaf, mask) else leaf
 
     return optax.tree.map_params(tx, afresh, opt_state, mask, is_leaf=_left_out)
 
@@ -157,6 +154,12 @@ def forget(tx: optax.GradientTransformation, opt_state: Any, mask: Any) -> Any:
 def _left_out(leaf: Any) -> bool:
     """Whether ``optax.masked``, or ``optax.partition``, gives this leaf to another optimiser."""
     return isinstance(leaf, optax.MaskedNode)
+
+
+def _by_entry(leaf: Any, mask: jax.Array) -> bool:
+    """Whether a state's leaf has a number for every entry; a kernel that never starts afresh has
+    one counter for all."""
+    return not _left_out(leaf) and leaf.shape == mask.shape
 
 
 def scale_leaves(factors: Mapping[str, float]) -> optax.GradientTransformation:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.low_rank import Product
 from lora_mini_jax.method import Method
 from lora_mini_jax.methods.full import Full
 from lora_mini_jax.selection import brief, listing, matches
@@ -97,7 +96,7 @@ def check(sites: Iterable[Site], new: bool = True) -> None:
             problems = [f"no kernel, so {method.name} cannot adapt it"]
         elif target.kind == "embed" and method.needs_data:
             problems = ["factors of a table are not made from data: take outer_init orthogonal"]
-        elif not new and isinstance(method, Product) and method.any_rank:
+        elif method.any_rank and not new:
             problems = []
         else:
             problems = method.problems(target.n_in, target.n_out)

@@ -179,17 +179,13 @@ def check_fit(params: Mapping[str, Any], targets: Iterable[Target]) -> None:
 
 def check_unboxed(flat: Mapping[str, Any]) -> None:
     """Raise `UserError` for a parameter that is boxed with its partitioning."""
-    boxed = [path for path, leaf in flat.items() if hasattr(leaf, "unbox") and not _sized(leaf)]
+    boxed = [path for path, leaf in flat.items()  # the box of a quantised kernel has a shape
+             if hasattr(leaf, "unbox") and not hasattr(leaf, "shape")]  # fmt: skip
     if boxed:
         raise UserError(
             f"{boxed[0]} is a {type(flat[boxed[0]]).__name__}, not an array: unbox the parameters "
             "first, flax.linen.meta.unbox(params)"
         )
-
-
-def _sized(leaf: Any) -> bool:
-    """Whether it has an array's shape, as the box of a quantised kernel has."""
-    return hasattr(leaf, "shape")
 
 
 def dense(leaf: Any) -> jax.Array:

@@ -16,7 +16,6 @@ from lora_mini_jax.options import PlanStep
 from lora_mini_jax.runs.schedule import of_length, optimizer
 from lora_mini_jax.tasks.abstract import abstract_task
 from lora_mini_jax.tasks.task import all_targets
-from lora_mini_jax.tree import flatten
 
 Report = dict[str, Any]
 STEPS = 1000
@@ -67,7 +66,7 @@ def plan_step(options: PlanStep) -> Report:
         "remat": options.remat,
         "scan_layers": options.scan_layers,
         "trainable": sum(site.n_trainable for site in sites),
-        "model_parameters": sum(leaf.size for leaf in flatten(task.params).values()),
+        "model_parameters": task.n_parameters,
         "bytes_per_device": {**_memory(found), "total": found.total},
         "gflop": found.flops / 1e9,
         "exchanged_bytes": found.exchanged,

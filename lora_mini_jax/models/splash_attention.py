@@ -45,7 +45,7 @@ def by_splash(
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
     attend = partial(_attend, windows=seen.windows, softcap=softcap)
     if rows is not None:
-        of_rows = rows.spec[0] if len(rows.spec) else None
+        of_rows = hardware.axes_of_rows()
         heads = PartitionSpec(of_rows, None, hardware.axes_within_rows())
         ids = None if seen.segments is None else PartitionSpec(of_rows)
         which = None if seen.which is None else PartitionSpec()

@@ -26,8 +26,9 @@ class MethodOptions:
 
     def __post_init__(self) -> None:
         # In one order, so that a run is the same run however its settings were given.
-        settings = to_pairs(dict(sorted(self.parsed_settings().items())))
-        if "method" in self.parsed_settings():  # which `--method` would outdo in silence
+        given = self.parsed_settings()
+        settings = to_pairs(dict(sorted(given.items())))
+        if "method" in given:  # which `--method` would outdo in silence
             raise UserError(f"{self.method} has no option method: a method is named, not set")
         object.__setattr__(self, "settings", settings)
         self.adapter_method()

@@ -15,7 +15,6 @@ from lora_mini_jax.runs.schedule import of_length, optimizer
 from lora_mini_jax.runs.search import check_search, searched
 from lora_mini_jax.storage import save
 from lora_mini_jax.tasks.task import Task, prepare
-from lora_mini_jax.tree import flatten
 
 CALIBRATION_BATCHES = 8
 """Batches of training data for factors that come from data."""
@@ -95,7 +94,7 @@ def summarize(
         "kept": "best" if options.keeps_best else "last",
         "kept_step": step,
         "trainable": trainable,
-        "trainable_share": trainable / sum(leaf.size for leaf in flatten(task.params).values()),
+        "trainable_share": trainable / task.n_parameters,
         **{f"{name}_before": held_out[0][name] for name in measures},
         **{f"{name}_after": after[name] for name in measures},
         "step_seconds": typical(rows, "step_seconds"),

@@ -26,7 +26,7 @@ from lora_mini_jax.models.t5 import T5
 from lora_mini_jax.options import AdapterOptions, Finetune, one_or_names
 from lora_mini_jax.plan import Site, check, plan
 from lora_mini_jax.selection import select
-from lora_mini_jax.tree import Target, parameters
+from lora_mini_jax.tree import Target, flatten, parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,11 @@ class Task(ABC):
     def apply(self) -> Any:
         """The adapted call of the model."""
         return linen.adapt(self.model, rows=sharding.of_rows(self.params))
+
+    @property
+    def n_parameters(self) -> int:
+        """How many the model has; a quantised kernel counts as the one it stands for."""
+        return sum(leaf.size for leaf in flatten(self.params).values())
 
     def loss(self, params: Any, adapter: Adapter, batch: Any, key: jax.Array) -> tuple[Any, Any]:
         """Mean loss over what counts in the batch (0 where nothing does), and how much does."""
