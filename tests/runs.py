@@ -1,7 +1,7 @@
 """What the tests of whole runs share: a tiny model, a data file, and options for them."""
 
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,14 +48,19 @@ def write_data(path: Path, n: int = 48) -> Path:
     return path
 
 
+def interrupted() -> None:
+    """What stops a run at once."""
+    raise KeyboardInterrupt
+
+
 @contextmanager
-def stopped_at(step: int) -> Generator[None]:
-    """Runs are interrupted when they ask for the batch of this step."""
+def stopped_at(step: int, stop: Callable[[], None] = interrupted) -> Generator[None]:
+    """Runs are stopped when they ask for the batch of this step."""
     batch = Batches.batch
 
     def stopping(self: Batches, i: int, *part: slice) -> Any:
         if self.shuffle and i == step:  # it is evaluated in the rows' own order
-            raise KeyboardInterrupt
+            stop()
         return batch(self, i, *part)
 
     with mock.patch.object(Batches, "batch", stopping):

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import shutil
+import signal
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from safetensors.numpy import load_file
 
 import lora_mini_jax.runs.finetune as module
 from lora_mini_jax import LoRAMini, UserError, storage
+from lora_mini_jax.checkpoint import Checkpoints
 from lora_mini_jax.data import Batches, Tokenizer
 from lora_mini_jax.models import load
 from lora_mini_jax.runs import loop
@@ -107,6 +110,22 @@ def test_a_stopped_run_goes_on_and_ends_the_same(finished, place):
         assert ours.read_bytes() == whole.read_bytes()
     steps = [row["step"] for row in RunFolder(given).metrics()]
     assert steps == sorted(steps), "the metrics of steps done twice are kept once"
+
+
+def test_a_run_that_is_asked_to_end_saves_first(finished, place):
+    given = dataclasses.replace(finished[0], output_dir=str(place / "asked"), save_every=100)
+    said, before = [], signal.getsignal(signal.SIGTERM)
+    ask = partial(signal.raise_signal, signal.SIGTERM)
+    with stopped_at(3, ask), pytest.raises(SystemExit, match="143"):
+        finetune(given, say=said.append)
+    saved = Checkpoints(RunFolder(given).checkpoints).latest()
+    assert saved in range(1, 6)
+    assert f"step {saved} of 6 is saved" in said[-1]
+    assert signal.getsignal(signal.SIGTERM) is before
+    finetune(given, say=said.append)
+    assert f"going on from step {saved} of 6" in said
+    ours, whole = (place / name / "adapter/adapter.safetensors" for name in ("asked", "finished"))
+    assert ours.read_bytes() == whole.read_bytes()
 
 
 def test_another_config_in_the_same_folder_is_refused(finished):

@@ -158,3 +158,18 @@ def test_a_mistake_of_one_process_ends_them_all(alone):
     assert error.count("\n") == 1
     second.communicate(timeout=6 * HEARTBEAT_SECONDS)
     assert second.returncode in (75, -signal.SIGABRT)
+
+
+@pytest.mark.slow
+def test_when_one_process_is_asked_to_end_all_save_the_same_step(alone):
+    both = started(alone, "asked", 2, 1, mesh="data=2")
+    while not (alone / "asked" / "metrics.jsonl").exists():
+        assert both[0].poll() is None, both[0].communicate()[1]
+        time.sleep(0.05)
+    both[1].terminate()
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [143] * 2, said
+    assert "asked to end: step" in said[0][0]
+    again = started(alone, "asked", 1, 2, mesh="data=2")
+    assert "going on from step" in again[0].communicate(timeout=120)[0]
+    same(alone, "asked", "alone")

@@ -18,6 +18,7 @@ from lora_mini_jax.processes import on_host
 from lora_mini_jax.runs.best import Best
 from lora_mini_jax.runs.folder import Row, RunFolder
 from lora_mini_jax.runs.meter import Meter
+from lora_mini_jax.runs.preemption import EXIT_CODE, notices
 from lora_mini_jax.runs.schedule import learning_rate
 from lora_mini_jax.tasks.task import Task
 from lora_mini_jax.train import TrainState, make_train_step
@@ -40,7 +41,8 @@ def fit(
     """Train up to ``steps`` updates, from the newest checkpoint on; returns the last state.
 
     The folder gets metrics and checkpoints; the held-out loss is taken before, every so often and
-    after. A run that was killed, and goes on, ends with the same state.
+    after. A run that was killed, and goes on, ends with the same state. One that is asked to end
+    (SIGTERM) saves a checkpoint, and exits.
 
     Args:
         options: how often to log, evaluate and save, and the seed.
@@ -55,6 +57,7 @@ def fit(
 
     Raises:
         UserError: a loss that is not finite; a damaged checkpoint; a full disk.
+        SystemExit: it was asked to end.
     """
     devices = Devices.of(options)
     adapter = devices.adapter(adapter)
@@ -75,6 +78,7 @@ def fit(
             best.update(state)
         with (
             Meter(options, folder, start, steps, learning_rate(options, steps)) as meter,
+            notices() as asked,
             prefetched(partial(devices.batch, task.train), start, steps) as batches,
         ):
             if start == 0:
@@ -89,18 +93,24 @@ def fit(
                 if evaluated:
                     meter.flush()
                     meter.evaluated(evaluate(state.adapter))
-                if _due(done, options.save_every, steps) or (best and evaluated):
+                ends = asked()
+                if ends or _due(done, options.save_every, steps) or (best and evaluated):
                     meter.flush()  # also refuses to save after a loss that is not finite
                     checkpoints.save(state)
                     if best and evaluated:
                         checkpoints.wait()
                         best.update(state)
                     meter.saved()
-            meter.evaluated(evaluate(state.adapter))
-            if best:
-                checkpoints.wait()
-                best.update(state)
-    return state
+                if ends and done < steps:
+                    break
+            else:
+                meter.evaluated(evaluate(state.adapter))
+                if best:
+                    checkpoints.wait()
+                    best.update(state)
+                return state
+    say(f"asked to end: step {done} of {steps} is saved; the same command goes on from there")
+    raise SystemExit(EXIT_CODE)
 
 
 def emptied(state: TrainState) -> TrainState:
