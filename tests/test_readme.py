@@ -5,18 +5,25 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 import lora_mini_jax as lmj
 from lora_mini_jax.cli import parse
 from lora_mini_jax.files import write_text
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-GUIDE = (Path(__file__).parents[1] / "docs/python.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
-SHELL = re.findall(r"```sh\n(.*?)```", README, re.S)
+HOME = Path(__file__).parents[1]
+PAGES = {
+    page.name: page.read_text() for page in (*HOME.glob("*.md"), *(HOME / "docs").glob("*.md"))
+}
 
 
-def test_the_python_examples_run_and_learn(tmp_path, monkeypatch):
-    example, nnx_example = PYTHON
+def blocks(page: str, kind: str = "python") -> list[str]:
+    """What a page shows in fences of this kind."""
+    return re.findall(rf"```{kind}\n(.*?)```", PAGES[page], re.S)
+
+
+def test_the_python_example_runs_and_learns(tmp_path, monkeypatch):
+    (example,) = blocks("README.md")
     assert len(example.strip().splitlines()) <= 25
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -27,8 +34,13 @@ def test_the_python_examples_run_and_learn(tmp_path, monkeypatch):
     assert (tmp_path / "my-adapter" / "adapter.safetensors").exists()
     plain = names["model"].apply({"params": merged}, names["x"])
     assert jnp.abs(plain - names["apply"](params, state.adapter, names["x"])).max() < 1e-5
-    exec(nnx_example, names)
-    assert jnp.abs(names["model"](names["x"]) - names["y"]).max() < 1e-5
+
+
+def test_the_nnx_example_writes_merged_weights_into_the_model():
+    (example,) = blocks("models.md")
+    names: dict = {}
+    exec(example, names)
+    assert abs(names["model"](names["x"]) - names["y"]).max() < 1e-5
 
 
 def test_the_guide_goes_from_a_folder_to_a_merged_model(tmp_path, monkeypatch):
@@ -36,7 +48,7 @@ def test_the_guide_goes_from_a_folder_to_a_merged_model(tmp_path, monkeypatch):
     answers = ({"question": f"What is {i} plus 1?", "answer": f" {i + 1}"} for i in range(24))
     write_text(Path("train.jsonl"), "\n".join(map(json.dumps, answers)))
     base = str(Path(lmj.__file__).parent / "base")
-    training, later = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
+    training, later = blocks("python.md")
     for shown, here in {"path/to/llama": base, "range(100)": "range(12)"}.items():
         assert shown in training
         training = training.replace(shown, here)
@@ -50,16 +62,33 @@ def test_the_guide_goes_from_a_folder_to_a_merged_model(tmp_path, monkeypatch):
     assert type(reloaded) is type(names["model"])
 
 
-def test_every_command_shown_parses():
-    text = "\n".join(SHELL).replace("\\\n", " ")
-    commands = [line for line in text.splitlines() if line.startswith("lora-mini ")]
-    assert len(commands) >= 5
-    for command in commands:
-        parse(shlex.split(command, comments=True)[1:])
+@pytest.mark.parametrize("page", [name for name in PAGES if blocks(name, "sh")])
+def test_every_command_shown_parses(page):
+    text = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
+    for line in text.splitlines():
+        if line.startswith("lora-mini "):
+            parse(shlex.split(line, comments=True)[1:])
+
+
+def test_every_link_from_a_page_leads_somewhere():
+    anchors = {name: {anchor(line) for line in text.splitlines() if line.startswith("#")}
+               for name, text in PAGES.items()}  # fmt: skip
+    for page, text in PAGES.items():
+        home = HOME if (HOME / page).exists() else HOME / "docs"
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, place = link.partition("#")
+            if not path.startswith("http"):
+                assert (home / path).exists(), f"{page}: {link}"
+                assert not place or place in anchors[Path(path).name or page], f"{page}: {link}"
+
+
+def anchor(heading: str) -> str:
+    """What a heading is called in a link to it."""
+    return re.sub(r"[^\w\- ]", "", heading.lstrip("#").strip().lower()).replace(" ", "-")
 
 
 def test_the_table_of_methods_has_every_method():
     from lora_mini_jax.methods import METHODS
 
     for name in METHODS:
-        assert f"| `{name}` |" in README
+        assert f"| `{name}` |" in PAGES["README.md"]

@@ -32,7 +32,7 @@ if not metadata.version("transformers").startswith("4."):
     pytest.skip("transformers 5 has no Flax classes: 4.57.6 is the last", allow_module_level=True)
 transformers = pytest.importorskip("transformers")
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/models.md").read_text()
 METHODS = {"lora-mini": LoRAMini(rank=2, a=6, b=6), "lora": LoRA(rank=2)}
 IDS = jnp.array([[5, 3, 8, 2, 9], [7, 6, 6, 4, 3]])
 ONES = jnp.ones_like(IDS)
@@ -191,8 +191,8 @@ def test_training_changes_the_adapter_alone_and_both_are_saved(
     jax.tree.map(np.testing.assert_array_equal, read()[1], merged)
 
 
-def test_the_example_in_the_readme_runs(tmp_path: Path, monkeypatch: Any) -> None:
-    (example,) = re.findall(r"```python hf-flax\n(.*?)```", README, re.S)
+def test_the_example_in_the_docs_runs(tmp_path: Path, monkeypatch: Any) -> None:
+    (example,) = re.findall(r"```python hf-flax\n(.*?)```", PAGE, re.S)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(example, names)

@@ -32,7 +32,7 @@ from tests.lanes import only_in
 only_in("tunix")
 pytest.importorskip("tunix")
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/models.md").read_text()
 METHODS = {"lora-mini": LoRAMini(rank=2, a=6, b=6), "lora": LoRA(rank=2)}
 VOCAB = 11
 IDS = jnp.array([[5, 3, 8, 2, 9], [7, 6, 6, 4, 3]])
@@ -176,8 +176,8 @@ def test_a_tied_table_is_adapted_in_both_places_by_a_rule() -> None:
     np.testing.assert_allclose(y, model(*CALL)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_the_example_in_the_readme_runs(monkeypatch: Any) -> None:
-    (example,) = re.findall(r"```python tunix\n(.*?)```", README, re.S)
+def test_the_example_in_the_docs_runs(monkeypatch: Any) -> None:
+    (example,) = re.findall(r"```python tunix\n(.*?)```", PAGE, re.S)
     names: dict = {}
     exec(example, names)
     logits, _ = names["model"](*names["call"])
