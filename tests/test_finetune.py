@@ -247,6 +247,13 @@ def test_examples_that_were_cut_are_called_so(place):
     assert "3 training examples were skipped: with nothing to learn in them" in notes
 
 
+@pytest.mark.parametrize("samples", [0, 1])
+def test_a_model_without_room_for_samples_trains(place, samples):
+    given = options(place, output_dir=str(place / f"cramped{samples}"), max_steps=1,
+                    max_new_tokens=500, samples=samples)  # fmt: skip
+    assert quiet(given)["samples"] == []
+
+
 def test_samples_need_room_in_the_model_alone(place):
     given = options(place, max_length=64, max_new_tokens=100, samples=2, valid=options(place).data)
     task = language.prepare(given)
