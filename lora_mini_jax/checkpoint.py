@@ -19,7 +19,7 @@ import jax
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import writes, writing
-from lora_mini_jax.processes import together
+from lora_mini_jax.processes import is_of_xla, together
 from lora_mini_jax.train import TrainState
 
 
@@ -55,7 +55,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+        if jax.process_count() > 1 and is_of_xla(error):
             return  # Another process is lost, and what is pending may be waiting for it.
         try:
             self.wait()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from lora_mini_jax.errors import UserError, told_of_memory
+from lora_mini_jax.errors import UserError, told_of_devices, told_of_memory
 from lora_mini_jax.files import writes
 from lora_mini_jax.options import (
     Compare,
@@ -26,6 +26,7 @@ from lora_mini_jax.options import (
     defaults_from,
 )
 from lora_mini_jax.options.words import (
+    at_home,
     defaults_in_words,
     one_line,
     settings_as_words,
@@ -57,10 +58,12 @@ GO_ON = ("finetune", "compare", "pretrain", "demo")
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; exits with 0, or with 2 and one line on stderr for a user's mistake."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if sys.stderr is None:  # closed before the start; a progress bar wants to write somewhere
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     try:
-        run(parse(words))
+        run(at_home(parse(words)))
     except UserError as error:
         print(f"lora-mini: {error.line}", file=sys.stderr)
         sys.exit(2)
@@ -106,10 +109,12 @@ def parse(argv: list[str]) -> Any:
 
 def run(options: Any) -> None:
     """Carry out a command, alone or as one of several processes."""
-    if getattr(options, "coordinator", None) is None:
-        with told_of_memory():
+    # A plan takes the options of a run, but no part in it.
+    if getattr(options, "coordinator", None) is None or isinstance(options, PlanStep):
+        with told_of_devices(), told_of_memory():
             return carry_out(options)
-    _needed("processes", "start")(options.coordinator, options.processes, options.process)
+    with told_of_devices():
+        _needed("processes", "start")(options.coordinator, options.processes, options.process)
     with contextlib.ExitStack() as stack:
         if not writes():
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))

@@ -1,6 +1,7 @@
 """The one exception that means "you can fix this": it becomes one line and exit code 2."""
 
 import difflib
+import os
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
@@ -38,6 +39,28 @@ def told_of_memory() -> Generator[None]:
             " --remat full with --scan-layers, --quantize, or more devices with --mesh; "
             "lora-mini plan tells beforehand what a step takes"
         ) from error
+
+
+@contextmanager
+def told_of_devices() -> Generator[None]:
+    """Turn what JAX raises when it cannot start on devices into a `UserError` that says what to
+    do."""
+    try:
+        yield
+    except (RuntimeError, AssertionError):
+        import jax  # whose own kind of these says nothing of where it comes from, so it is asked
+
+        try:
+            jax.devices()
+        except (RuntimeError, AssertionError) as error:
+            asked = os.environ.get("JAX_PLATFORMS", "")
+            reason = " ".join(str(error).split())[:300] or "it knows no such platform"
+        else:
+            raise
+        raise UserError(
+            f"JAX cannot start on devices (JAX_PLATFORMS={asked!r}: {reason}): end what else uses "
+            "them, install JAX for them, or set JAX_PLATFORMS=cpu"
+        ) from None
 
 
 def meant(word: str, known: Iterable[str]) -> str:

@@ -87,6 +87,33 @@ def check_replaceable(path: str | Path, names: Collection[str] | None = None) ->
         raise UserError(f"{path} holds something else, {other}: choose another folder to write to")
 
 
+@contextmanager
+def locked(path: Path, busy: str) -> Generator[None]:
+    """Hold a file's lock, making the file, until the block ends or this process does.
+
+    A lock that nobody is left to hold keeps nobody out. Where a file system knows no locks, nothing
+    does.
+
+    Raises:
+        UserError: ``busy``, where another holds it, in this process or not.
+    """
+    if not _writes:
+        yield
+        return
+    with writing(path):
+        path.touch()
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(busy) from None
+        except (ImportError, OSError):
+            pass
+        yield
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a whole text file or nothing."""
     if not _writes:

@@ -5,6 +5,7 @@ devices; a mesh spans them all. With one process everything here does nothing.
 """
 
 import os
+import re
 import sys
 import threading
 import traceback
@@ -113,38 +114,51 @@ def guarded(run: Callable[[], Any]) -> Any:
 
     What JAX raises when another is gone differs from one exchange to the next; that it is gone is
     what the line says (exit code 75, "try again"). An orderly end would wait for those that are
-    gone, and after an error of this process, such as a full disk, for those that go on: they are
-    waited for no longer than ``FAREWELL_SECONDS``.
+    gone, and after an error of this process, such as a full disk, or an interruption of it alone,
+    for those that go on: they are waited for no longer than ``FAREWELL_SECONDS``.
     """
     try:
         with told_of_memory():
             result = run()
         together("the end")  # One that still writes may take longer than JAX's shutdown waits.
         return result
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if jax.process_count() == 1:
             raise
         _leave(error)
 
 
-def _leave(error: Exception) -> NoReturn:
+def _leave(error: BaseException) -> NoReturn:
     """End this process of several, and say why."""
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    if is_of_xla(error):
         reason = str(error).strip().splitlines()[0][:200]
         _say(
             f"process {jax.process_index()} of {jax.process_count()} lost the others ({reason}): "
             "start all of them again, and they go on from the last checkpoint"
         )
         os._exit(75)
+    code = 1
     if isinstance(error, UserError):
         _say(error.line)
+        code = 2
+    elif isinstance(error, KeyboardInterrupt):
+        _say(f"process {jax.process_index()} of {jax.process_count()} stopped: start all of them "
+             "again, and they go on from the last checkpoint, if there is one")  # fmt: skip
+        code = 130
     else:
         traceback.print_exception(error)
     # Where the mistake is everybody's, all come here and end in order.
     farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     farewell.start()
     farewell.join(FAREWELL_SECONDS)
-    os._exit(2 if isinstance(error, UserError) else 1)
+    os._exit(code)
+
+
+def is_of_xla(error: BaseException | None) -> bool:
+    """Whether a failed exchange raised it: in XLA's own kind, or, where a program fails as it is
+    started, as a ValueError whose text begins with XLA's code."""
+    started = isinstance(error, ValueError) and re.match(r"[A-Z_]{5,}: ", str(error))
+    return isinstance(error, jax.errors.JaxRuntimeError) or bool(started)
 
 
 def _say(line: str) -> None:

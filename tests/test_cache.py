@@ -23,6 +23,7 @@ from lora_mini_jax.data import (
     pack,
     packing,
 )
+from lora_mini_jax.data.cache import cache_folder
 from lora_mini_jax.data.pair_rows import pair_rows
 from lora_mini_jax.data.pairs import encode_pairs
 from lora_mini_jax.data.records import open_records, read_records
@@ -281,6 +282,17 @@ def test_only_the_rows_of_a_part_are_read(place: Path, monkeypatch: pytest.Monke
         np.testing.assert_array_equal(array, whole[name][2:4])
     last = batches.batch(len(batches) - 1, slice(4, 6))  # of a batch that is filled up
     np.testing.assert_array_equal(last["tokens"], batches.batch(len(batches) - 1)["tokens"][4:6])
+
+
+def test_without_a_home_a_folder_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LORA_MINI_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "expanduser", unknown)
+    with pytest.raises(UserError, match="set HOME, or give --cache-dir"):
+        cache_folder("auto")
 
 
 def test_what_is_wrong_is_said(place: Path) -> None:

@@ -300,6 +300,13 @@ def test_output_that_nobody_reads_on_is_no_error():
     assert done.stderr == ""
 
 
+def test_a_run_needs_no_stderr(place, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    given = ["--config", str(place / "config.json"), "--output-dir", str(place / "silent")]
+    main(["finetune", *given, "--max-steps", "1"])
+    assert (place / "silent" / "summary.json").exists()
+
+
 def test_a_device_without_room_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(cli, "carry_out", lambda options: jnp.zeros(2**46, jnp.int8) + 1)
     said = refused(capsys, "methods")

@@ -113,6 +113,18 @@ def test_txt_is_one_record_a_block(tmp_path: Path) -> None:
     assert read_records(tmp_path / "a.txt") == [{"text": "A:\nfirst"}, {"text": " second "}]
 
 
+def test_a_field_of_a_table_may_be_long(tmp_path: Path) -> None:
+    long = "x " * 100_000
+    (tmp_path / "a.csv").write_text(f"q,a\n{long},red\n")
+    assert read_records(tmp_path / "a.csv") == [{"q": long, "a": "red"}]
+
+
+def test_a_pipe_which_can_be_read_once_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="is no ordinary file"):
+        read_records(tmp_path / "a.jsonl")
+
+
 def test_limit_spares_what_lies_beyond(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\nbroken')
     assert read_records(tmp_path / "a.jsonl", limit=1) == [{"text": "x"}]

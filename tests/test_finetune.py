@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import time
+import types
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from lora_mini_jax.models import load
 from lora_mini_jax.runs import loop
 from lora_mini_jax.runs.finetune import finetune, total_steps
 from lora_mini_jax.runs.folder import RunFolder
+from lora_mini_jax.runs.meter import Meter
 from lora_mini_jax.runs.schedule import learning_rate
 from lora_mini_jax.tasks import language
 from lora_mini_jax.tasks.task import prepare
@@ -48,7 +50,7 @@ def test_a_run_folder_holds_what_is_promised(finished, place):
     folder = place / "finished"
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.json", "data.json", "metrics.jsonl", "checkpoints", "adapter",
-                     "summary.json", "report.html"}  # fmt: skip
+                     "summary.json", "report.html", ".lock"}  # fmt: skip
     assert {p.name for p in (folder / "adapter").iterdir()} == {
         "adapter.json",
         "adapter.safetensors",
@@ -163,6 +165,31 @@ def test_a_run_does_not_go_on_with_other_data(place, changed):
     quiet(dataclasses.replace(given, cache_dir="none"))
 
 
+def test_a_folder_in_which_a_run_is_at_work_takes_no_other(place):
+    given = options(place, output_dir=str(place / "taken"), max_steps=1, samples=0)
+    with RunFolder(given).alone():
+        for one in (given, dataclasses.replace(given, max_steps=2)):
+            with pytest.raises(UserError, match="another run is at work in"):
+                quiet(one)
+        assert [path.name for path in (place / "taken").iterdir()] == [".lock"]
+    assert quiet(given)["steps"] == 1
+
+
+def test_a_run_that_another_began_in_the_meantime_is_not_replaced(place, monkeypatch):
+    given = options(place, output_dir=str(place / "meantime"), max_steps=2, samples=0)
+    other = dataclasses.replace(given, max_steps=1)
+
+    def slowly(one, prepare=module.prepare):
+        if one is other:
+            quiet(given)
+        return prepare(one)
+
+    monkeypatch.setattr(module, "prepare", slowly)
+    with pytest.raises(UserError, match="holds a run of another config"):
+        quiet(other)
+    assert json.loads((place / "meantime" / "summary.json").read_text())["steps"] == 2
+
+
 def test_a_folder_that_is_no_run_is_refused_and_kept(place):
     other = place / "other"
     other.mkdir()
@@ -239,6 +266,13 @@ def test_examples_that_were_cut_are_called_so(place):
     assert "3 training examples were skipped: with nothing to learn in them" in notes
 
 
+@pytest.mark.parametrize("samples", [0, 1])
+def test_a_model_without_room_for_samples_trains(place, samples):
+    given = options(place, output_dir=str(place / f"cramped{samples}"), max_steps=1,
+                    max_new_tokens=500, samples=samples)  # fmt: skip
+    assert quiet(given)["samples"] == []
+
+
 def test_samples_need_room_in_the_model_alone(place):
     given = options(place, max_length=64, max_new_tokens=100, samples=2, valid=options(place).data)
     task = language.prepare(given)
@@ -291,6 +325,18 @@ def test_the_time_of_saving_is_no_training_time(place, monkeypatch):
     common = {"save_every": 1, "log_every": 1, "samples": 0, "max_steps": 4}
     summary = quiet(options(place, output_dir=str(place / "slowly"), **common))
     assert summary["step_seconds"] < 0.4
+
+
+def test_an_interruption_while_numbers_are_fetched_is_no_other_error(place, monkeypatch):
+    def stopped(self):
+        raise KeyboardInterrupt
+
+    given, one = options(place, output_dir=str(place / "fetched")), jnp.float32(1)
+    meter = Meter(given, RunFolder(given), 0, 6, lambda step: 0.0)
+    meter.add(types.SimpleNamespace(loss=one, grad_norm=one), 1)
+    monkeypatch.setattr(type(one), "sharding", property(stopped))  # which all ways to fetch ask for
+    with pytest.raises(KeyboardInterrupt):
+        meter.flush()
 
 
 def test_lora_runs_through_the_same_door(place):

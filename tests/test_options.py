@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import os
+import subprocess
 import sys
 
 import pytest
@@ -11,6 +13,7 @@ from lora_mini_jax import UserError, cli
 from lora_mini_jax.cli import main, parse
 from lora_mini_jax.methods import METHODS, from_dict
 from lora_mini_jax.options import Compare, Finetune, Generate, to_json
+from lora_mini_jax.options.words import at_home
 from lora_mini_jax.plan import plan
 from lora_mini_jax.selection import select
 from lora_mini_jax.tree import Target
@@ -142,6 +145,10 @@ def test_options_in_a_spec_are_of_their_own_kinds(capsys):
         ("inspect --max-length -1", "--max-length is -1"),
         ("inspect --max-length 999999", "--max-length 999999 exceeds the"),
         ("demo --steps 0", "--steps is 0"),
+        ("finetune --processes 2 --process 1", "--processes 2 --process 1 without --coordinator"),
+        ("pretrain --coordinator auto --process 0", "--process 0 with --coordinator auto"),
+        ("finetune --output-dir ~nobody-of-this-name/x", "there is no such user"),
+        ("finetune --data x.jsonl --cache-dir=", "--cache-dir is empty"),
         ("finetune --rankk 3", "--rankk: did you mean --rank?"),
         ("finetune --data x --rank", "--rank needs a value"),
         ("finetune --rank --data x", "--rank needs a value"),
@@ -179,6 +186,33 @@ def test_an_interruption_promises_only_what_there_is(capsys, monkeypatch, words)
         assert said == "lora-mini: stopped"
     else:
         assert "goes on from the last checkpoint, if there is one" in said
+
+
+def test_home_is_read_as_a_shell_reads_it(monkeypatch, file):
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["finetune", *file(data="~/x.jsonl"), "--output-dir=~/run", "--separator", "~/"]
+    given = at_home(parse(words))
+    assert (given.data, given.output_dir) == ("/home/me/x.jsonl", "/home/me/run")
+    assert (given.separator, given.valid) == ("~/", "")
+    words = ["pretrain", "--data", "~/a", "b", "--output-dir", "run"]
+    assert at_home(parse(words)).data == ("/home/me/a", "b")
+
+
+def test_a_plan_joins_no_processes(monkeypatch):
+    done = []
+    monkeypatch.setattr(cli, "carry_out", done.append)
+    main(["plan", "--coordinator", "127.0.0.1:1", "--processes", "2", "--process", "0"])
+    assert done
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_devices_that_are_not_there_are_one_line(platform):
+    code = "from lora_mini_jax.cli import main; main(['generate', '--prompt', 'a'])"
+    env = {**os.environ, "JAX_PLATFORMS": platform, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 2, done.stderr
+    assert f"JAX cannot start on devices (JAX_PLATFORMS='{platform}'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_terminal_need_not_know_every_character(monkeypatch):

@@ -89,7 +89,7 @@ def test_every_method_learns_and_leaves_what_is_promised(finished):
     folder = RunFolder(given).path
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "data.json", "metrics.jsonl", "checkpoints", "model", "summary.json",
-        "report.html",
+        "report.html", ".lock",
     }  # fmt: skip
     assert summary["valid_loss_after"] < summary["valid_loss_before"] - 0.05
     assert list(summary["perplexity"]) == ["0", "4", "8"]

@@ -40,13 +40,24 @@ def cache_folder(option: str) -> Path | None:
     Example:
         >>> cache_folder("none"), cache_folder("/data/rows").name
         (None, 'rows')
+
+    Raises:
+        UserError: no folder at all, or a home folder where none is known.
     """
     if option == "none":
         return None
+    if not option:
+        raise UserError("--cache-dir is empty: give a folder, auto, or none")
     if option == "auto":
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         option = os.environ.get("LORA_MINI_CACHE") or f"{home}/lora_mini_jax"
-    return Path(option).expanduser()
+    try:
+        return Path(option).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{option}, where rows are kept: no home folder is known; set HOME, or give "
+            "--cache-dir a folder, or none to keep them in memory"
+        ) from None
 
 
 def prepared(

@@ -125,6 +125,7 @@ def _table(
     path: Path, delimiter: str, quoting: Any, header: list[str] | None = None
 ) -> Iterator[Record]:
     lines = (line for _, line in _lines(path))
+    csv.field_size_limit(2**28)  # Python's own is 128 KiB; a quote never closed reads no further
     # Strict, for otherwise a quote that is never closed swallows the rest of the file in silence.
     rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     start = 1

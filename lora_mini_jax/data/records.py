@@ -158,6 +158,10 @@ def _of_file(path: Path, limit: int | None) -> Records:
     if ending not in READERS:
         raise UserError(f"cannot tell how to read {path}: give a file that ends in {_allowed()}")
 
+    if not path.is_file():
+        raise UserError(f"{path} is no ordinary file, and data is read more than once: write it to "
+                        "a file")  # fmt: skip
+
     def read() -> Iterator[Record]:
         empty = True
         try:

@@ -88,6 +88,14 @@ class Training(MethodOptions):
             wrong.append(
                 f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}"
             )
+        numbers = {f"--{n}": getattr(self, n) for n in ("processes", "process")}
+        given = [f"{flag} {number}" for flag, number in numbers.items() if number is not None]
+        if given and self.coordinator in (None, "auto"):
+            said = (
+                "without --coordinator" if self.coordinator is None else "with --coordinator auto"
+            )
+            wrong.append(f"{' '.join(given)} {said} says nothing: give --coordinator host:port of "
+                         "process 0, or leave it out")  # fmt: skip
         if wrong:
             raise UserError("; ".join(wrong))
         super().__post_init__()

@@ -1,6 +1,7 @@
-"""The fine-tuning run: read, resume, train, evaluate, save. One function, in chapters."""
+"""The fine-tuning run: read, resume, train, evaluate, save."""
 
 import math
+from dataclasses import replace
 
 from lora_mini_jax.adapter import Adapter, count
 from lora_mini_jax.calibration import calibrate
@@ -43,14 +44,22 @@ def finetune(options: Finetune, say: Log = print) -> Row:
     task = prepare(options)
     check_search(task)
     steps = total_steps(options, len(task.train))
-    sites = of_length(task.sites, steps, options.parsed_settings())
+    task = replace(task, sites=of_length(task.sites, steps, options.parsed_settings()))
+    with folder.alone():
+        return trained(options, folder, devices, task, steps, say)
+
+
+def trained(
+    options: Finetune, folder: RunFolder, devices: Devices, task: Task, steps: int, say: Log
+) -> Row:
+    """All of `finetune` that writes: the run whose task is prepared; returns its summary."""
     folder.create(train=task.train, valid=task.valid)
     for note in task.notes:
         say(note)
 
     # Training, with the held-out loss before and after.
     before = task.samples(None)
-    adapter = devices.draw(task.params, sites, options.seed)
+    adapter = devices.draw(task.params, task.sites, options.seed)
     first = (devices.batch(task.train, i) for i in range(min(CALIBRATION_BATCHES, steps)))
     adapter = calibrate(adapter, task.params, task.loss, first, has_aux=True)
     adapter = searched(options, folder, task, adapter, steps, say)

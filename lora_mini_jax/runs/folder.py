@@ -3,19 +3,29 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lora_mini_jax.data import Batches
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.files import read_json, read_object, write_json, write_text, writes, writing
+from lora_mini_jax.files import (
+    locked,
+    read_json,
+    read_object,
+    write_json,
+    write_text,
+    writes,
+    writing,
+)
 from lora_mini_jax.options import Training, defaults, differences, to_json
 from lora_mini_jax.processes import together
 
 Row = dict[str, Any]
 ELSEWHERE = ("output_dir", "cache_dir", "mesh", "coordinator", "processes", "process")
 """Options that a run may go on with another way: where it runs is not what it computes."""
+LOCK = ".lock"
 PASSING = ("data.json", "metrics.jsonl", "tensorboard", "checkpoints", "matrix.json")
 """What is of no use without a checkpoint, an adapter or a summary."""
 
@@ -35,13 +45,22 @@ class RunFolder:
     def __init__(self, options: Training) -> None:
         self.path = Path(options.output_dir)
         self._config, self._saved = to_json(options), self.path / self.saved_as
-        self._replaces = False
+        self._options = options
+        self._replaces = self._checked()
+
+    def _checked(self) -> bool:
+        """Whether what is there is to be replaced; errors as for the class."""
         with writing(self.path):
             if self._saved.exists():
-                self._replaces = self._differs(options)
-            elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                return self._differs(self._options)
+            if self.path.exists() and (not self.path.is_dir() or self._names()):
                 raise UserError(f"{self.path} exists and is not a run folder, for it has no "
                                 f"{self.saved_as}: give another --output-dir")  # fmt: skip
+        return False
+
+    def _names(self) -> set[str]:
+        """What is in the folder, apart from its lock."""
+        return {path.name for path in self.path.iterdir()} - {LOCK}
 
     def _differs(self, options: Training) -> bool:
         """Whether the options are not those of the folder, in which there is nothing to lose."""
@@ -59,8 +78,24 @@ class RunFolder:
         )
 
     def _nothing_to_lose(self) -> bool:
-        names = {path.name for path in self.path.iterdir()}
-        return names <= {self.saved_as, *PASSING} and not any(self.checkpoints.glob("[0-9]*"))
+        passing = self._names() <= {self.saved_as, *PASSING}
+        return passing and not any(self.checkpoints.glob("[0-9]*"))
+
+    @contextmanager
+    def alone(self) -> Generator[None]:
+        """Make the folder, and let nobody else work in it until the block ends.
+
+        Raises:
+            UserError: another does; or, as for the class, it is not what it was any more.
+        """
+        if writes():
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+        busy = f"another run is at work in {self.path}: wait for it, or give another --output-dir"
+        with locked(self.path / LOCK, busy):
+            if writes():
+                self._replaces = self._checked()
+            yield
 
     def create(self, **data: Batches) -> None:
         """Make the folder, with the options in it, and what tells ``data`` from other data.

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import writes
 from lora_mini_jax.options import Training
+from lora_mini_jax.processes import on_host
 from lora_mini_jax.runs.folder import Row, RunFolder
 
 T = TypeVar("T")
@@ -73,7 +74,9 @@ class Meter:
         """
         if not self._pending:
             return
-        losses, norms = np.asarray([(m.loss, m.grad_norm) for m in self._pending], np.float64).T
+        # Fetched one by one: within a list NumPy makes a ValueError of an interruption.
+        fetched = on_host([(m.loss, m.grad_norm) for m in self._pending])
+        losses, norms = np.asarray(fetched, np.float64).T
         first = self._step - len(self._pending)
         bad = np.flatnonzero(~np.isfinite(losses) | ~np.isfinite(norms))
         if bad.size:

@@ -71,6 +71,12 @@ def pretrain(options: Pretrain, say: Log = print) -> Row:
     devices = Devices.of(options)  # a mesh that does not fit shows before all text is read
     check_start(options)
     task = prepare(options)
+    with folder.alone():
+        return trained(options, folder, devices, task, say)
+
+
+def trained(options: Pretrain, folder: RunFolder, devices: Devices, task: Task, say: Log) -> Row:
+    """All of `pretrain` that writes: the run whose task is prepared; returns its summary."""
     folder.create(train=task.train, valid=task.valid)
     say(f"{task.train.packed.loss_mask.sum():,} tokens to train on, "
         f"{task.valid.packed.loss_mask.sum():,} held out")  # fmt: skip

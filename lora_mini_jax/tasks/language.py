@@ -81,6 +81,8 @@ class LanguageTask(Task):
 
     def written(self, adapter: Adapter | None) -> list[list[int]]:
         """The token ids that the model writes after each of the prompts, greedily."""
+        if not self.prompts:
+            return []
         return generate(
             self.model,
             self.params,
