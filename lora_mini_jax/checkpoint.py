@@ -18,7 +18,7 @@ import jax
 
 from lora_mini_jax.adapter import Adapter
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.files import writes, writing
+from lora_mini_jax.files import is_address, writes, writing
 from lora_mini_jax.processes import is_of_xla, together
 from lora_mini_jax.train import TrainState
 
@@ -32,7 +32,7 @@ class Checkpoints:
         keep: how many of the newest to keep.
 
     Raises:
-        UserError: a folder that cannot be made; at the end, what `wait` raises.
+        UserError: an address, or a folder that cannot be made; at the end, what `wait` raises.
 
     Example:
         >>> with Checkpoints("runs/mine/checkpoints") as checkpoints:  # doctest: +SKIP
@@ -42,6 +42,8 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, keep: int = 2) -> None:
         _leave_errors_to_us()
+        if is_address(folder):
+            raise UserError(f"{folder} is an address: keep checkpoints in a folder on this machine")
         self.folder = Path(folder).resolve()
         with writing(self.folder):
             if writes():

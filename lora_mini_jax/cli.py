@@ -25,8 +25,8 @@ from lora_mini_jax.options import (
     Pretrain,
     defaults_from,
 )
+from lora_mini_jax.options.paths import local
 from lora_mini_jax.options.words import (
-    at_home,
     defaults_in_words,
     one_line,
     settings_as_words,
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     try:
-        run(at_home(parse(words)))
+        run(local(parse(words)))
     except UserError as error:
         print(f"lora-mini: {error.line}", file=sys.stderr)
         sys.exit(2)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Generator
@@ -24,6 +25,12 @@ def write_nothing() -> None:
 def writes() -> bool:
     """Whether this process writes files, and speaks."""
     return _writes
+
+
+def is_address(path: str | Path) -> bool:
+    """Whether it is none of this machine's paths, such as ``gs://bucket/run``: as a path it would
+    be a folder called ``gs:``."""
+    return re.match(r"[A-Za-z][\w+.-]+:/", str(path)) is not None
 
 
 @contextmanager
@@ -48,8 +55,8 @@ def new_folder(path: str | Path) -> Generator[Path]:
             yield Path(unused)
         return
     with writing(path):
-        path = Path(path).resolve()
         check_replaceable(path)
+        path = Path(path).resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
         try:
@@ -73,8 +80,10 @@ def check_replaceable(path: str | Path, names: Collection[str] | None = None) ->
     one that holds only files of these ``names``, if they are given.
 
     Raises:
-        UserError: a file, the current directory, or a folder that holds something else.
+        UserError: an address, a file, the current directory, or a folder that holds something else.
     """
+    if is_address(path):
+        raise UserError(f"{path} is an address: name a folder on this machine to write to")
     path = Path(path).resolve()
     if path.is_file():
         raise UserError(f"{path} is a file: name a folder to write to")

@@ -141,6 +141,11 @@ with Checkpoints("checkpoints") as checkpoints:
 """
 
 
+def test_an_address_is_no_folder():
+    with pytest.raises(UserError, match="gs://bucket/run is an address: keep checkpoints in"):
+        Checkpoints("gs://bucket/run")
+
+
 def test_what_the_disk_refuses_is_printed_by_no_thread(tmp_path):
     """A real refusal, deep in the threads of Orbax and TensorStore: files may have 20 kB."""
     home = str(Path(__file__).parents[1])

@@ -37,6 +37,14 @@ def test_a_folder_that_holds_anything_else_is_kept(tmp_path, other):
     assert names(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("path", ["gs://bucket/out", Path("gs://bucket/out")])
+def test_an_address_is_no_folder(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"gs:/.*bucket/out is an address"):
+        write(path)
+    assert not names(tmp_path)
+
+
 def test_the_current_directory_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in (".", tmp_path):

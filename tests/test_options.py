@@ -13,7 +13,7 @@ from lora_mini_jax import UserError, cli
 from lora_mini_jax.cli import main, parse
 from lora_mini_jax.methods import METHODS, from_dict
 from lora_mini_jax.options import Compare, Finetune, Generate, to_json
-from lora_mini_jax.options.words import at_home
+from lora_mini_jax.options.paths import local
 from lora_mini_jax.plan import plan
 from lora_mini_jax.selection import select
 from lora_mini_jax.tree import Target
@@ -148,6 +148,10 @@ def test_options_in_a_spec_are_of_their_own_kinds(capsys):
         ("finetune --processes 2 --process 1", "--processes 2 --process 1 without --coordinator"),
         ("pretrain --coordinator auto --process 0", "--process 0 with --coordinator auto"),
         ("finetune --output-dir ~nobody-of-this-name/x", "there is no such user"),
+        (
+            "finetune --data gs://b/d.jsonl --output-dir gs://b/run",
+            "--data gs://b/d.jsonl, --output-dir gs://b/run: an address is no path; mount it",
+        ),
         ("finetune --data x.jsonl --cache-dir=", "--cache-dir is empty"),
         ("finetune --rankk 3", "--rankk: did you mean --rank?"),
         ("finetune --data x --rank", "--rank needs a value"),
@@ -191,11 +195,11 @@ def test_an_interruption_promises_only_what_there_is(capsys, monkeypatch, words)
 def test_home_is_read_as_a_shell_reads_it(monkeypatch, file):
     monkeypatch.setenv("HOME", "/home/me")
     words = ["finetune", *file(data="~/x.jsonl"), "--output-dir=~/run", "--separator", "~/"]
-    given = at_home(parse(words))
+    given = local(parse(words))
     assert (given.data, given.output_dir) == ("/home/me/x.jsonl", "/home/me/run")
     assert (given.separator, given.valid) == ("~/", "")
     words = ["pretrain", "--data", "~/a", "b", "--output-dir", "run"]
-    assert at_home(parse(words)).data == ("/home/me/a", "b")
+    assert local(parse(words)).data == ("/home/me/a", "b")
 
 
 def test_a_plan_joins_no_processes(monkeypatch):

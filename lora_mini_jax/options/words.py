@@ -4,26 +4,12 @@ import operator
 import re
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from itertools import dropwhile, takewhile
-from pathlib import Path
 from typing import Any
 
 from lora_mini_jax.errors import UserError, meant
 from lora_mini_jax.options.adapter import BASE, MethodOptions
-
-PATHS = {
-    "model",
-    "adapter",
-    "data",
-    "valid",
-    "output_dir",
-    "output",
-    "cache_dir",
-    "tokenizer",
-    "shape",
-}
-"""Options that may be paths."""
 
 
 def take_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
@@ -79,32 +65,6 @@ def settings_as_words(argv: list[str], cls: Any, before: Sequence[str]) -> list[
     if settings and any(_flag(word) == "settings" for word in kept if word.startswith("--")):
         raise UserError("give the method's settings as --settings or as flags, not both ways")
     return [*kept, *(["--settings", *before, *settings] if settings else [])]
-
-
-def at_home(options: Any) -> Any:
-    """The options with ``~`` as a shell reads it, at the start of every path: of ``--data=~/x`` and
-    of words in quotes or in a file shells leave it.
-
-    Raises:
-        UserError: a ``~`` that is nobody's.
-    """
-    changed = {}
-    for name in {field.name for field in fields(options)} & PATHS:
-        value = getattr(options, name)
-        found = tuple(map(_at_home, value)) if isinstance(value, tuple) else _at_home(value)
-        if found != value:
-            changed[name] = found
-    return replace(options, **changed) if changed else options
-
-
-def _at_home(path: str | None) -> str | None:
-    if path is None or not path.startswith("~"):
-        return path
-    try:
-        return str(Path(path).expanduser())
-    except RuntimeError:
-        raise UserError(f"{path}: there is no such user, or no HOME: write the whole path, or "
-                        f"./{path} for what is called so") from None  # fmt: skip
 
 
 def unknown(words: Sequence[str], cls: Any) -> str:
