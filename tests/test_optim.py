@@ -78,10 +78,13 @@ def test_a_tree_without_an_adapter_raises():
 
 def test_join_and_split_are_inverse_whatever_modules_are_called():
     for name in ("up", "image_adapter", "kernel_adapter"):
-        params = {name: {"up": PARAMS["layers_0"]}}
-        target = Target(f"{name}/up/kernel", (5, 6))
+        params = {name: {"trainable": {"up": PARAMS["layers_0"]}}}
+        target = Target(f"{name}/trainable/up/kernel", (5, 6))
         adapter = init(params, LoRAMini(rank=2, a=3, b=3), [target])
         back, again = split(join(params, adapter), adapter)
+        mask = split(trainable_mask(join(params, adapter)), adapter)
+        assert all(jax.tree.leaves(mask[1].trainable)), name
+        assert not any(jax.tree.leaves((mask[0], mask[1].frozen))), name
         assert jax.tree.structure(back) == jax.tree.structure(params), name
         assert jax.tree.structure(again) == jax.tree.structure(adapter), name
         assert not changed((params, adapter), (back, again))
@@ -238,6 +241,8 @@ def test_forgotten_entries_take_the_first_step_of_a_new_run_and_held_ones_wait()
     params = tree(up=np.zeros((2, 2)), down=np.zeros(3))
     state, g = tx.init(params), tree(up=np.full((2, 2), 0.5), down=np.full(3, 0.5))
     update = jax.jit(tx.update)
+    updates, _ = tx.update(g, state, hold=jax.tree.map(lambda x: x > 0, g))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(updates))  # held from the start
     for _ in range(200):
         _, state = update(g, state)
     afresh = {"up": {"A": jnp.array([[True, False], [False, False]])},
