@@ -27,6 +27,7 @@ from lora_mini_jax.methods import (
     VeRA,
     from_dict,
 )
+from lora_mini_jax.methods.pissa import _since
 from tests.cases import draws
 
 N_IN, N_OUT, ROWS = 12, 8, 5
@@ -145,6 +146,20 @@ def test_pissa_starts_at_the_principal_part_and_olora_at_the_qr_decomposition():
     wanted = (q[:, :3] @ r[:3]).T
     np.testing.assert_allclose(doubles(start["A0"]) @ doubles(start["B0"]), wanted, atol=1e-6)
     np.testing.assert_allclose(start["B0"] @ start["B0"].T, np.eye(3), atol=1e-5)
+
+
+def test_a_difference_of_products_has_the_gradients_of_the_two_products():
+    """Those of the start among them, for whoever asks for these too."""
+    pair = jnp.zeros((N_IN, 3)), jnp.zeros((3, N_OUT))
+    given = (jnp.zeros((ROWS, N_IN)), pair, pair)
+    x, now, start = (draws(each, 0.5, seed) for seed, each in enumerate(given))
+
+    def plain(x: Any, now: Any, start: Any) -> jax.Array:
+        return x @ now[0] @ now[1] - x @ start[0] @ start[1]
+
+    got, want = (jax.grad(lambda *given, f=f: jnp.sin(f(*given)).sum(), (0, 1, 2))(x, now, start)
+                 for f in (_since, plain))  # fmt: skip
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
 def test_dora_starts_at_the_columns_norms_and_vera_at_its_constants():

@@ -79,6 +79,10 @@ def shifted(case: Case, kernel: Any, factors: Any) -> Any:
     return kernel if shift is None else kernel + shift
 
 
+def thin(method: Any, kernel: Any, factors: Any) -> Any:
+    return method.thin(factors, *kernel.shape)
+
+
 def unmoved(case: Case, frozen: Any) -> Any:
     """The frozen leaves that are the same at every step of training."""
     moved = case.method.stored
@@ -121,6 +125,13 @@ def test_delta_is_the_merged_kernel_less_the_kernel(case: Case):
     close(case.method.delta(x, kernel, factors), x @ update)
     ids = jnp.array([[n_in - 1, 0], [3, 3]])
     close(case.method.rows(ids, kernel, factors), update[ids])
+    half = case.method.delta(x.astype(jnp.bfloat16), kernel, factors)
+    assert half.dtype == jnp.bfloat16
+    close(half.astype(jnp.float32), x @ update, 0.05)
+    # Accelerators round what they multiply, unless they are told not to.
+    for dense in (case.method.merge, case.method.unmerge, partial(thin, case.method)):
+        text = str(jax.make_jaxpr(dense)(kernel, factors))
+        assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST")
 
 
 @every_layout

@@ -16,6 +16,7 @@ from lora_mini_jax import (
     TrainState,
     UserError,
     init,
+    join,
     linen,
     make_train_step,
     merge,
@@ -348,6 +349,7 @@ def test_parameters_of_another_model_raise_listing_every_misfit():
     for call in (
         lambda: linen.adapt(other)(wrong, adapter, X),
         lambda: merge(wrong, adapter),
+        lambda: join(wrong, adapter),
         lambda: init(wrong, METHOD, [site.target for site in adapter.sites]),
     ):
         with pytest.raises(UserError) as caught:
