@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from lora_mini_jax import Adapter, LoRA, LoRAMini, Target, UserError, init, join, load, save, split
 from lora_mini_jax.adapter import draw
 from lora_mini_jax.methods import OLoRA, PiSSA
-from lora_mini_jax.plan import Site
+from lora_mini_jax.plan import Site, check
 from lora_mini_jax.sketch import same, sketch
 from tests.cases import by_name, draws, randomised
 
@@ -320,3 +320,5 @@ def test_an_owner_without_leaves_is_one_line(tmp_path):
     (tmp_path / "one" / "adapter.json").write_text(text.replace('"q/kernel"}', '"k/kernel"}'))
     with pytest.raises(UserError, match="v/kernel: uses the leaves of k/kernel, which has none"):
         load(tmp_path / "one", params)
+    with pytest.raises(UserError, match="q/kernel: uses the leaves of v/kernel, which has none"):
+        check([replace(q, owner="v/kernel"), replace(v, owner="q/kernel")])
