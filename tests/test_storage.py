@@ -123,7 +123,9 @@ def test_a_folder_or_file_that_is_missing(tmp_path, folder):
 def test_files_that_are_damaged(folder):
     tensors, record = folder / "adapter.safetensors", folder / "adapter.json"
     whole = tensors.read_bytes()
-    for part in (whole[:-50], whole[:100], b"", b"\0" * 64):
+    header = b'{"A":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}'
+    eight_bits = len(header).to_bytes(8, "little") + header + b"\0"
+    for part in (whole[:-50], whole[:100], b"", b"\0" * 64, eight_bits):
         tensors.write_bytes(part)
         refused(folder, "adapter.safetensors", "damaged", "again")
     record.write_text(record.read_text()[:-20])
