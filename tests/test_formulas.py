@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_mini_jax import LoRA, LoRAMini, UserError
+from lora_mini_jax import LoRA, LoRAMini, Target, UserError, init
 from lora_mini_jax.methods import (
     METHODS,
     AdaLoRA,
@@ -174,8 +174,10 @@ def test_dora_starts_at_the_columns_norms_and_vera_at_its_constants():
 
 
 def test_vera_s_kernels_take_parts_of_the_same_factors():
-    _, _, small = started(VeRA(rank=5), 6, 4)
-    _, _, large = started(VeRA(rank=5), 9, 7)
+    shapes = {"small": (6, 4), "large": (9, 7)}
+    params = {name: {"kernel": jnp.zeros(shape)} for name, shape in shapes.items()}
+    targets = [Target(f"{name}/kernel", shape) for name, shape in shapes.items()]
+    small, large = init(params, VeRA(rank=5), targets).frozen.values()
     np.testing.assert_allclose(small["A"] * 6**0.5, large["A"][:6] * 9**0.5, rtol=1e-5)
     np.testing.assert_array_equal(small["B"], large["B"][:, :4])
 

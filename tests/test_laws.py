@@ -125,6 +125,8 @@ def test_delta_is_the_merged_kernel_less_the_kernel(case: Case):
     close(case.method.delta(x, kernel, factors), x @ update)
     ids = jnp.array([[n_in - 1, 0], [3, 3]])
     close(case.method.rows(ids, kernel, factors), update[ids])
+    if pair := case.method.thin(factors, n_in, n_out):
+        close(pair[0] @ pair[1], case.method.merge(kernel, factors) - kernel)
     half = case.method.delta(x.astype(jnp.bfloat16), kernel, factors)
     assert half.dtype == jnp.bfloat16
     close(half.astype(jnp.float32), x @ update, 0.05)
