@@ -180,6 +180,8 @@ def test_vera_s_kernels_take_parts_of_the_same_factors():
     small, large = init(params, VeRA(rank=5), targets).frozen.values()
     np.testing.assert_allclose(small["A"] * 6**0.5, large["A"][:6] * 9**0.5, rtol=1e-5)
     np.testing.assert_array_equal(small["B"], large["B"][:, :4])
+    left, right = large["A"][:7] * 9**0.5, large["B"].T * 5**0.5
+    assert not np.isclose(left, right).any()  # the two are draws of their own
 
 
 def uniform_within(values: Any, bound: float) -> None:
@@ -284,6 +286,36 @@ def test_svd_outer_factors_span_the_top_singular_vectors():
     np.testing.assert_allclose(L @ L.T, u[:, :6] @ u[:, :6].T, atol=1e-4)
     np.testing.assert_allclose(R.T @ R, vt[:5].T @ vt[:5], atol=1e-4)
     assert (L[np.abs(L).argmax(0), range(6)] > 0).all()
+
+
+# What a run is that says no more than its method: of the papers, of PEFT, or chosen by experiment.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "lora-mini": {"rank": 8, "alpha": 16, "a": 32, "b": 32, "outer_init": "orthogonal",
+                  "outer": "float32"},
+    "lora-mini-diag": {"rank": 64, "alpha": 16, "outer_init": "gradient"},
+    **{name: {"rank": 8, "alpha": 16, "rslora": False} for name in ("lora", "lora-fa")},
+    **{name: {"rank": 8, "alpha": 16} for name in ("dora", "pissa", "olora", "lora-xs")},
+    "vera": {"rank": 256, "d_initial": 0.1},
+    "miss": {"rank": 64, "mode": "miss", "mini_rank": 1},
+    "switchlora": {"rank": 8, "interval0": 40, "ratio": 0.1, "total_steps": 1000,
+                   "freeze_steps": 5},
+    "relora": {"rank": 8, "alpha": 16, "reset_every": 200},
+    "adalora": {"rank": 12, "alpha": 16, "total_steps": 1000, "target_rank": 8, "tinit": 0,
+                "tfinal": 0, "delta_t": 1, "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5},
+    "full": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"diffora"}))
+def test_defaults_are_what_they_were(name: str):
+    assert METHODS[name]().to_dict() == {"method": name, **DEFAULTS[name], "dropout": 0}
+
+
+def test_the_defaults_of_a_search_are_what_they_were():
+    inner, search = LoRA(), DiffoRA(LoRA()).to_dict()
+    assert search.pop("inner") == inner.to_dict()
+    assert search == {"method": "diffora", "rho": 0.5, "relaxation": "sigmoid", "sharing": "none",
+                      "search_steps": None, "gate_learning_rate": 0.05, "dropout": 0}  # fmt: skip
 
 
 BAD = [
