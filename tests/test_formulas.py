@@ -162,6 +162,16 @@ def test_a_difference_of_products_has_the_gradients_of_the_two_products():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
+def test_a_small_difference_of_large_products_survives_a_narrow_dtype():
+    left = jnp.round(8 * draws(jnp.zeros((N_IN, 2)), 1.0)) / 8
+    start = jnp.array([[96.0], [0.0]]) * jnp.ones(N_OUT)
+    factors = {"A": left, "A0": left, "B": start.at[1].set(1), "B0": start}
+    x = jnp.round(8 * draws(jnp.zeros((ROWS, N_IN)), 1.0, 1)) / 8
+    found = PiSSA(rank=2, alpha=2).delta(x.astype(jnp.bfloat16), jnp.zeros(()), factors)
+    wanted = (x @ left[:, 1:]) * jnp.ones(N_OUT)
+    np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=0.01)
+
+
 def test_dora_starts_at_the_columns_norms_and_vera_at_its_constants():
     kernel, trainable, _ = started(DoRA(rank=3), N_IN, N_OUT)
     norms = np.linalg.norm(doubles(kernel), axis=0)

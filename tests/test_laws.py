@@ -229,6 +229,15 @@ def test_training_moves_every_trained_leaf_and_nothing_else(case: Case):
 
 
 @main_case
+def test_a_method_that_starts_entries_afresh_says_so(case: Case):
+    kernel = jnp.zeros((13, 9) if not case.method.problems(13, 9) else (12, 8))
+    trainable, frozen = case.method.init(jax.random.key(1), kernel)
+    given = {"up": {**trainable, **frozen}}, {"up": trainable}
+    stepped = jax.eval_shape(case.method.step, jax.random.key(2), jnp.int32(0), *given)
+    assert bool(stepped.reset) == case.method.restarts
+
+
+@main_case
 def test_stacked_kernels_equal_a_loop_over_layers(case: Case):
     scanned, loop = setup("scan"), setup("plain")
 
