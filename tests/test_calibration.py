@@ -1,5 +1,6 @@
 """Outer factors from data: what `calibrate` computes, and that nothing trains without it."""
 
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -120,6 +121,9 @@ def test_stacked_layers_get_their_own_factors_and_are_saved(method: Any, layout:
         TrainState.create(drawn, optax.adam(1e-2))
     adapter = calibrate(drawn, at.params, model_loss, [at.tokens])
     TrainState.create(adapter, optax.adam(1e-2))
+    halves = {path: own | {"B_aux": 0 * own["B_aux"]} for path, own in adapter.frozen.items()}
+    with pytest.raises(UserError, match="calibrate"):
+        TrainState.create(replace(adapter, frozen=halves), optax.adam(1e-2))
     for leaf in jax.tree.leaves(adapter.frozen):
         assert jnp.isfinite(leaf).all()
         assert (jnp.abs(leaf).max((-1, -2)) > 0.1).all()

@@ -176,6 +176,9 @@ def test_dora_starts_at_the_columns_norms_and_vera_at_its_constants():
     kernel, trainable, _ = started(DoRA(rank=3), N_IN, N_OUT)
     norms = np.linalg.norm(doubles(kernel), axis=0)
     np.testing.assert_allclose(trainable["magnitude"], norms, rtol=1e-5)
+    zeros = kernel.at[:, 0].set(0)  # a column without a direction stays where it is
+    leaves, fixed = DoRA(rank=3).init(jax.random.key(0), zeros)
+    np.testing.assert_allclose(DoRA(rank=3).merge(zeros, {**leaves, **fixed}), zeros, rtol=1e-5)
     _, trainable, frozen = started(VeRA(rank=64), 96, 80)
     assert (trainable["d"] == 0.1).all()
     assert not trainable["b"].any()

@@ -163,6 +163,19 @@ def test_a_loss_that_is_not_finite_changes_nothing_but_the_count(noisy, bad: flo
     assert changed(after.adapter, healed.adapter)
 
 
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_or_gradient_alone_that_is_not_finite_changes_nothing(what: str):
+    def bad(params: Any, adapter: Any, batch: Any, key: Any) -> jax.Array:
+        loss = loss_fn(params, adapter, batch, key)
+        return loss + (jnp.nan if what == "loss" else jnp.sqrt(jnp.abs(0 * loss)))
+
+    tx = optax.sgd(0.1)
+    state, metrics = make_train_step(bad, tx)(TrainState.create(ADAPTER, tx), PARAMS, (X, Y))
+    assert np.isfinite(metrics.loss) == (what == "gradient")
+    assert np.isfinite(metrics.grad_norm) == (what == "loss")
+    assert not changed(ADAPTER, state.adapter)
+
+
 def test_metrics_are_the_loss_the_gradient_norm_and_what_the_loss_adds(noisy):
     _, (metrics,) = run(noisy, 0, [(X, Y)])
     factor = 1 + 0.1 * metrics.aux["noise"]
@@ -178,6 +191,10 @@ def test_a_seed_gives_the_same_run_and_each_step_its_own_randomness(noisy):
     two, again = run(noisy, jax.random.key(4), [(X, Y)] * 3)
     _, other = run(noisy, 5, [(X, Y)] * 3)
     assert not changed((one, first), (two, again))
+    # A run that is taken up by a later version sees the noise that it would have seen.
+    for step, metrics in enumerate(first):
+        key, _ = jax.random.split(jax.random.fold_in(jax.random.key(4), step))
+        np.testing.assert_allclose(metrics.aux["noise"], jax.random.normal(key, ()), rtol=1e-6)
     draws_seen = [float(m.aux["noise"]) for m in (*first, *other)]
     assert len(set(draws_seen)) == 6
 
