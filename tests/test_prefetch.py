@@ -116,7 +116,7 @@ def test_the_share_is_of_the_time_in_steps() -> None:
 
 
 def test_what_is_typical_is_so_of_most_steps() -> None:
-    steps = {1: 9.0, 51: 1.0, 52: 3.0, 53: 3.0}
+    steps = {30: 9.0, 51: 1.0, 52: 3.0, 53: 3.0}  # the first line is that of warming up
     lines = [{"step": 0, "valid_loss": 1.0}]
     lines += [{"step": step, "step_seconds": seconds} for step, seconds in steps.items()]
     assert typical(lines, "step_seconds") == 1.0
@@ -158,7 +158,9 @@ def test_a_line_of_metrics_is_of_the_steps_and_the_seconds_since_the_last(
         passes(9)
         meter.saved()
         step(3, 3)
-        with pytest.raises(UserError, match=r"loss 3\.0 with gradient norm inf at step 8"):
+        step(3, 3)
+        step(3, 3)
+        with pytest.raises(UserError, match=r"loss 3\.0 with gradient norm inf at step 10"):
             step(3, np.inf)
     same = {"tokens_per_second": 2.0, "step_seconds": 4.0, "data_wait_share": 0.25}
     assert folder.metrics() == [
@@ -167,6 +169,7 @@ def test_a_line_of_metrics_is_of_the_steps_and_the_seconds_since_the_last(
         {"step": 4, "loss": 1.0, "grad_norm": 5.0, **same, "learning_rate": 30.0, "seconds": 75.0},
         {"step": 4, "valid_loss": 2.0, "seconds": 82.0},
         {"step": 6, "loss": 3.0, "grad_norm": 7.0, **same, "learning_rate": 50.0, "seconds": 90.0},
+        {"step": 8, "loss": 3.0, "grad_norm": 3.0, **same, "learning_rate": 70.0, "seconds": 107.0},
     ]
 
 
