@@ -76,6 +76,16 @@ def test_training_goes_on_while_a_state_is_written(tmp_path):
         same(held(checkpoints.restore(fresh())), held(state))
 
 
+@pytest.mark.parametrize(("keep", "kept"), [({}, {"2", "3"}), ({"keep": 1}, {"3"})])
+def test_only_the_newest_are_kept(tmp_path, keep, kept):
+    state = fresh()
+    with Checkpoints(tmp_path, **keep) as checkpoints:
+        for _ in range(3):
+            state = plus_one(state)
+            checkpoints.save(state)
+    assert on_disk(tmp_path) == kept
+
+
 def test_at_most_one_save_is_under_way(tmp_path):
     states = [plus_one(fresh()), plus_one(plus_one(fresh()))]
     with Checkpoints(tmp_path) as checkpoints:
