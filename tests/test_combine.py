@@ -155,7 +155,7 @@ def test_a_kernel_that_one_adapter_lacks_is_combined_from_the_others() -> None:
 def test_what_cannot_be_combined_says_why() -> None:
     two, whole = pair(), init(PARAMS, Full(), [TARGET])
     bat = randomised(init(PARAMS, MiSS(rank=2, mode="bat"), [TARGET]))
-    wider = init(PARAMS, LoRA(4), [TARGET])
+    wider, six = (init(PARAMS, LoRA(rank), [TARGET]) for rank in (4, 6))
     gated = init(PARAMS, DiffoRA(LoRA(2)), [TARGET])
     down = {"down": {"kernel": jnp.ones((10, 12))}}
     elsewhere = init(down, LoRA(2), [Target("down/kernel", (10, 12))])
@@ -166,6 +166,7 @@ def test_what_cannot_be_combined_says_why() -> None:
         ((two, WEIGHTS), {"density": 1.5}, "density 1.5"),
         ((two, WEIGHTS), {"how": "sum"}, "how"),
         (([], []), {}, "at least one adapter"),
+        (([six, six], WEIGHTS), {"how": "cat"}, r"up/kernel \(12 x 10\): rank 12 exceeds"),
         ((two, WEIGHTS), {"rank": 0}, "rank is 0"),
         (([gated], [1.0]), {}, "up/kernel: diffora has no rank: give rank"),
         (([elsewhere], [1.0]), {}, "down/kernel is missing"),
