@@ -136,7 +136,7 @@ def test_a_line_of_metrics_is_of_the_steps_and_the_seconds_since_the_last(
     def step(loss: float, norm: float) -> None:
         next(batches)  # after a second
         passes(3)
-        meter.add(Metrics(np.float32(loss), np.float32(norm), None), np.int32(8))
+        meter.add(Metrics(jax.numpy.float32(loss), jax.numpy.float32(norm), None), np.int32(8))
 
     given = options(tmp_path, log_every=2)
     folder = RunFolder(given)
