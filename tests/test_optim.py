@@ -217,6 +217,16 @@ OPTIMISERS: dict[str, Any] = {
 }
 
 
+def test_no_array_is_in_a_state_twice_for_each_is_given_away_once():
+    def init(params: Any) -> Any:
+        zeros = optax.tree.zeros_like(params)
+        return zeros, zeros, params
+
+    twice = optax.GradientTransformation(init, optax.identity().update)
+    leaves = jax.tree.leaves(TrainState.create(ADAPTER, twice))
+    assert len(set(map(id, leaves))) == len(leaves)
+
+
 AFRESH = LoRA(rank=2), ReLoRA(rank=2, reset_every=2), SwitchLoRA(rank=2, interval0=1.0)
 
 
