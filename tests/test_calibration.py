@@ -145,6 +145,7 @@ def test_stacked_layers_get_their_own_factors_and_are_saved(method: Any, layout:
     drawn = init(at.params, method, select(at.targets))
     with pytest.raises(UserError, match="calibrate"):
         TrainState.create(drawn, optax.adam(1e-2))
+    jax.eval_shape(lambda adapter: TrainState.create(adapter, optax.adam(1e-2)), drawn)
     adapter = calibrate(drawn, at.params, model_loss, [at.tokens])
     TrainState.create(adapter, optax.adam(1e-2))
     halves = {path: own | {"B_aux": 0 * own["B_aux"]} for path, own in adapter.frozen.items()}
