@@ -378,3 +378,9 @@ def test_a_bad_setting_is_refused_in_one_line_that_names_it(record: dict[str, An
 def test_a_size_beyond_the_kernel_is_a_problem(method: Any, n_in: int, n_out: int, named: str):
     assert [p for p in method.problems(n_in, n_out) if named in p]
     assert not method.problems(20, 20)
+
+
+def test_a_size_as_large_as_the_kernel_is_none():
+    for method in (LoRA(rank=4), LoRAMini(rank=4, a=4, b=4), LoRAXS(rank=4), MiSS(rank=4)):
+        assert not method.problems(4, 9)
+        assert method.problems(3, 9)

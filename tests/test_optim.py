@@ -202,7 +202,10 @@ def test_a_seed_gives_the_same_run_and_each_step_its_own_randomness(noisy):
 def test_the_step_takes_no_array_of_the_callers(noisy):
     """The state is donated: what was given to make it must not be gone with it."""
     key = jax.random.key(1)
-    run(noisy, key, [(X, Y)])
+    step, tx = noisy
+    state = TrainState.create(ADAPTER, tx, key)
+    step(state, PARAMS, (X, Y))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.adapter.trainable))
     assert jax.random.normal(key, ()).shape == ()
     assert not any(x.is_deleted() for x in jax.tree.leaves((ADAPTER, PARAMS)))
 

@@ -294,6 +294,7 @@ def test_a_mesh_that_is_none_is_refused(sizes: str):
 def test_what_is_left_of_the_devices_is_taken_and_rows_must_be_split():
     mesh = sharding.make_mesh("fsdp=2,data=-1")
     assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert sharding.of_batch(mesh).spec == P(("data", "fsdp"))
     sharding.check_rows(mesh, 16)
     with pytest.raises(UserError, match="multiple of 8"):
         sharding.check_rows(mesh, 12)
