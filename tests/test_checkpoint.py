@@ -88,7 +88,7 @@ def test_leaves_that_kernels_share_are_saved_with_their_owner(tmp_path):
     state = TrainState.create(made, TX)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(plus_one(state))
-        found = checkpoints.restore(TrainState.create(made, TX))
+        found: Any = checkpoints.restore(TrainState.create(made, TX))
     assert all((leaf == 2).all() for leaf in jax.tree.leaves(found.adapter.frozen))
 
 
