@@ -8,7 +8,6 @@ LoRA+'s learning rate per factor.
 """
 
 from collections.abc import Callable, Container, Mapping
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -31,8 +30,8 @@ def trainable_mask(tree: Any) -> Any:
     """
 
     def trained(path: tuple, leaf: Any) -> bool:
-        names = [str(getattr(entry, "key", entry)) for entry in path]
-        return any(a.endswith(SUFFIX) and b == "trainable" for a, b in pairwise(names))
+        *_, owner, group, _ = "", "", *(str(getattr(entry, "key", entry)) for entry in path)
+        return owner.endswith(SUFFIX) and group == "trainable"
 
     mask = jax.tree_util.tree_map_with_path(trained, tree)
     if not any(jax.tree.leaves(mask)):

@@ -169,7 +169,7 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, AttributeError) as error:  # the last of dtypes NumPy lacks
         raise UserError(f"{path} is damaged ({error}): copy or save the adapter again") from None
 
 

@@ -60,6 +60,8 @@ def test_outer_factors_of_one_seed_are_kept_once() -> None:
     shared, apart = bank(adapters(method, (7, 7, 7))), bank(adapters(method))
     assert not jax.tree.leaves(shared.frozen)
     assert not jax.tree.leaves(apart.common)
+    some = bank(own := adapters(method, (7, 8, 7)))  # the first and the last
+    jax.tree.map(np.testing.assert_array_equal, some["german"], own["german"])
     one = sum(leaf.size for leaf in jax.tree.leaves(shared.common))
     assert sum(leaf.size for leaf in jax.tree.leaves(apart.frozen)) == 3 * one
 
@@ -77,13 +79,13 @@ def test_a_bank_lists_its_names_and_numbers_out_of_it_are_refused() -> None:
 
 
 def test_arrays_given_by_name_are_of_the_rows_too() -> None:
-    def apply(params: Any, adapter: Any, x: jax.Array, *, add: jax.Array, flag: bool) -> jax.Array:
+    def apply(params: Any, adapter: Any, x: jax.Array, *, add: jax.Array, **same: Any) -> jax.Array:
         assert x.shape == add.shape == (1, 4)
-        return x + add if flag else x
+        return x + add + same["all_of_it"].sum() if same["flag"] else x
 
     many, x = bank(adapters(LoRA(rank=2))), jnp.arange(8.0).reshape(2, 4)
-    y = mixed(apply)(None, many, jnp.array([1, 0]), x, add=10 * x, flag=True)
-    np.testing.assert_allclose(y, 11 * x)
+    y = mixed(apply)(None, many, jnp.array([1, 0]), x, add=10 * x, flag=True, all_of_it=jnp.ones(3))
+    np.testing.assert_allclose(y, 11 * x + 3)
 
 
 def test_what_does_not_go_together_is_refused() -> None:

@@ -51,6 +51,11 @@ def test_the_largest_size_that_fits(method: Any, budget: int):
     assert sum(site.n_trainable for site in sites) == max(n for n in counts if n <= budget)
 
 
+def test_vera_s_kernels_share_a_rank_that_may_exceed_their_sides():
+    sites: Any = within(VeRA(), TARGETS, 1_500)
+    assert {site.method.rank for site in sites} == {(1_500 - 608) // 8}  # of 608 outputs
+
+
 @pytest.mark.parametrize(("budget", "rank"), [(1_100, 2), (90_000, 20)])
 def test_lora_mini_gets_a_rank_in_proportion_and_is_cut_where_a_kernel_is_narrow(budget, rank):
     sites: Any = within(LoRAMini(), TARGETS, budget)

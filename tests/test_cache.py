@@ -13,6 +13,7 @@ import pytest
 from lora_mini_jax import UserError
 from lora_mini_jax.data import (
     Batches,
+    Example,
     Fields,
     Tokenizer,
     arrow,
@@ -134,6 +135,18 @@ def test_pairs_on_disk_are_those_in_memory(place: Path) -> None:
             assert part.skipped == encoded.skipped
 
 
+def test_where_rows_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = {"HOME": "/home/ada", "XDG_CACHE_HOME": "/caches", "LORA_MINI_CACHE": "/rows"}
+    found = []
+    for name in wanted:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in wanted.items():
+        monkeypatch.setenv(name, value)
+        found.append(str(cache.cache_folder("auto")))
+    assert found == ["/home/ada/.cache/lora_mini_jax", "/caches/lora_mini_jax", "/rows"]
+    assert str(cache.cache_folder("~/mine")) == "/home/ada/mine"
+
+
 def test_without_a_cache_nothing_is_written(place: Path) -> None:
     one, other = given(place, cache_dir="none"), given(place)
     for a, b in zip(read_rows(one, recipe(one)), read_rows(other, recipe(other)), strict=True):
@@ -151,6 +164,16 @@ def test_packing_has_not_changed() -> None:
     order, ends = packing._grouped(packing._best_fit(lengths, 8))
     rows = [row.tolist() for row in np.split(order, ends[:-1])]
     assert rows == [[0, 1], [2, 6], [3, 9], [4, 5, 8], [7]]
+
+
+def test_rows_of_more_tokens_than_a_chunk_are_made_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packing, "TOKENS", 7)
+    examples = [Example(np.full(n, n, np.int32), np.ones(n, bool)) for n in (8, 3, 5)]
+    lengths = np.array([[8], [3], [5]])
+    chunks = list(packing.packed_chunks(examples, lengths, 8, packing=True, at_once=None))
+    assert [chunk.tokens.tolist() for chunk in chunks] == [[[8] * 8], [[3] * 3 + [5] * 5]]
 
 
 def test_a_second_run_tokenises_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,14 +204,31 @@ def test_another_setting_is_another_entry(place: Path, name: str, value: Any) ->
     assert len(entries(place)) == (3 if name == "max_valid_examples" else 4)
 
 
-@pytest.mark.parametrize("file", ["data.jsonl", "model/tokenizer.json", "model/config.json"])
+@pytest.mark.parametrize(
+    "file",
+    ["data.jsonl", "model/tokenizer.json", "model/config.json", "model/chat_template.jinja",
+     "model/tokenizer.model", "model/merges.txt"],
+)  # fmt: skip
 def test_another_byte_is_another_entry(place: Path, file: str) -> None:
     options = given(place)
+    (place / "model" / "folder.json").mkdir()  # is none of the tokenizer's files
     read_rows(options, recipe(options))
     path = place / file
-    path.write_text(path.read_text().rstrip() + "\n\n")
+    before = path.read_text().rstrip() if path.exists() else ""
+    path.write_text(before + "\n\n")
     read_rows(options, recipe(options))
     assert len(entries(place)) == 4
+
+
+def test_another_version_is_another_entry(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, names = given(place), set()
+    read_rows(options, recipe(options))
+    names.update(entries(place))
+    for name, value in (("FORMAT", 0), ("version", lambda package: f"{package} 0")):
+        monkeypatch.setattr(cache, name, value)
+        read_rows(options, recipe(options))
+        assert len(names) + 2 == len(entries(place))
+        names.update(entries(place))
 
 
 def test_a_folder_of_a_data_set_is_kept_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

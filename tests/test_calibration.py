@@ -1,5 +1,6 @@
 """Outer factors from data: what `calibrate` computes, and that nothing trains without it."""
 
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -21,9 +22,10 @@ from lora_mini_jax import (
     save,
     select,
 )
-from lora_mini_jax.calibration import calibrate
+from lora_mini_jax.calibration import _nothing, calibrate
 from lora_mini_jax.methods import LoRAMiniDiag
-from tests.cases import by_name, cross_entropy, random_params, setup
+from lora_mini_jax.tree import flatten
+from tests.cases import by_name, cross_entropy, draws, random_params, setup
 
 N_IN, N_OUT = 9, 7
 RNG = np.random.default_rng(3)
@@ -58,6 +60,31 @@ def test_gradient_factors_are_the_top_singular_vectors_of_the_summed_gradient():
     left, right = factors("gradient")
     same_span(left, u[:, :3])
     same_span(right.T, vt[:4].T)
+
+
+def test_probes_leave_the_gradients_of_the_layers_before_them_alone():
+    x, y = BATCHES[0]
+    model = nn.Sequential([nn.Dense(8), jnp.tanh, nn.Dense(N_OUT)])
+    params = random_params(model, x)
+
+    def loss(params: Any, adapter: Any, batch: Any, key: Any) -> Any:
+        return ((linen.adapt(model)(params, adapter, x) - y) ** 2).sum(), "aux"
+
+    targets = linen.targets(model, params, x)
+    plain = jax.grad(lambda p: ((model.apply({"params": p}, x) - y) ** 2).sum())(params)
+    method = LoRAMini(rank=2, a=3, b=3, outer_init="gradient")
+    made = calibrate(init(params, method, targets), params, loss, [0], has_aux=True)
+    for target in targets:
+        u, _, vt = np.linalg.svd(flatten(plain)[target.path])
+        same_span(np.asarray(made.frozen[target.path]["A_aux"]), u[:, :3])
+        same_span(np.asarray(made.frozen[target.path]["B_aux"]).T, vt[:3].T)
+
+
+def test_the_second_moment_of_narrow_inputs_is_added_in_float32():
+    x = draws(jnp.zeros((64, 5)), 1.0).astype(jnp.bfloat16)
+    moment = jax.grad(lambda m: _nothing(x, m).sum().astype(jnp.float32))(jnp.zeros((5, 5)))
+    wanted = np.asarray(x, np.float64).T @ np.asarray(x, np.float64)
+    np.testing.assert_allclose(moment, wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_the_leading_part_of_a_larger_gradient_is_found_by_thin_products():
@@ -118,8 +145,12 @@ def test_stacked_layers_get_their_own_factors_and_are_saved(method: Any, layout:
     drawn = init(at.params, method, select(at.targets))
     with pytest.raises(UserError, match="calibrate"):
         TrainState.create(drawn, optax.adam(1e-2))
+    jax.eval_shape(lambda adapter: TrainState.create(adapter, optax.adam(1e-2)), drawn)
     adapter = calibrate(drawn, at.params, model_loss, [at.tokens])
     TrainState.create(adapter, optax.adam(1e-2))
+    halves = {path: own | {"B_aux": 0 * own["B_aux"]} for path, own in adapter.frozen.items()}
+    with pytest.raises(UserError, match="calibrate"):
+        TrainState.create(replace(adapter, frozen=halves), optax.adam(1e-2))
     for leaf in jax.tree.leaves(adapter.frozen):
         assert jnp.isfinite(leaf).all()
         assert (jnp.abs(leaf).max((-1, -2)) > 0.1).all()

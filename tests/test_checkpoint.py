@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import numpy as np
 import optax
 import pytest
 
-from lora_mini_jax import LoRA, TrainState, UserError, init
+from lora_mini_jax import LoRA, LoRAMini, TrainState, UserError, init
+from lora_mini_jax.adapter import draw
 from lora_mini_jax.checkpoint import Checkpoints
+from lora_mini_jax.plan import Site
 from lora_mini_jax.tree import Target
 
 TX = optax.adam(1e-2)
@@ -74,6 +77,29 @@ def test_training_goes_on_while_a_state_is_written(tmp_path):
     assert on_disk(tmp_path) == {"1", "3"}
     with Checkpoints(tmp_path) as checkpoints:
         same(held(checkpoints.restore(fresh())), held(state))
+
+
+def test_leaves_that_kernels_share_are_saved_with_their_owner(tmp_path):
+    method = LoRAMini(rank=1, a=2, b=2, outer_init="gradient")
+    own, other = (Site(Target(f"{n}/kernel", (6, 4)), method) for n in ("q", "v"))
+    params = {name: {"kernel": np.ones((6, 4), np.float32)} for name in ("q", "v")}
+    adapter = draw(params, (own, replace(other, owner="q/kernel")), 0)
+    made = replace(adapter, frozen=jax.tree.map(lambda leaf: leaf + 1, adapter.frozen))
+    state = TrainState.create(made, TX)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(plus_one(state))
+        found: Any = checkpoints.restore(TrainState.create(made, TX))
+    assert all((leaf == 2).all() for leaf in jax.tree.leaves(found.adapter.frozen))
+
+
+@pytest.mark.parametrize(("keep", "kept"), [({}, {"2", "3"}), ({"keep": 1}, {"3"})])
+def test_only_the_newest_are_kept(tmp_path, keep, kept):
+    state = fresh()
+    with Checkpoints(tmp_path, **keep) as checkpoints:
+        for _ in range(3):
+            state = plus_one(state)
+            checkpoints.save(state)
+    assert on_disk(tmp_path) == kept
 
 
 def test_at_most_one_save_is_under_way(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from lora_mini_jax import Adapter, LoRA, LoRAMini, Target, UserError, count, init, merge
 from lora_mini_jax.combination import combine
-from lora_mini_jax.methods import DoRA, Full, LoRAXS, MiSS
+from lora_mini_jax.methods import DiffoRA, DoRA, Full, LoRAXS, MiSS
 from tests.cases import draws, randomised, setup
 
 TARGET = Target("up/kernel", (12, 10))
@@ -92,6 +92,28 @@ def test_dare_keeps_a_share_and_the_mean(how: Any) -> None:
     assert np.abs(draws[0] - draws[2]).max() > 0.01
 
 
+def test_dare_draws_anew_for_every_factor_layer_and_kernel() -> None:
+    targets = Target("layers/up", (2, 6, 6), stack=1), Target("down", (6, 6)), Target("up", (6, 6))
+    params = {"layers": {"up": jnp.ones((2, 6, 6))}, **dict.fromkeys(("down", "up"), jnp.eye(6))}
+    one = init(params, LoRA(6), targets)
+    one = one.with_trainable(jax.tree.map(jnp.ones_like, one.trainable))
+    found = combine([one], [1.0], params, "dare_linear")
+    kept = [np.asarray(leaf != 0).reshape(-1, 36) for leaf in jax.tree.leaves(found.trainable)]
+    assert len(np.unique(np.concatenate(kept), axis=0)) == 8
+
+
+def test_what_is_not_said_is_the_best_fit_of_the_highest_rank_at_half_the_density() -> None:
+    two = [*pair()[:1], randomised(init(PARAMS, LoRA(2), [TARGET]))]
+    plain = combine(two, WEIGHTS, PARAMS)
+    assert plain.trainable[TARGET.path]["A"].shape == (12, 3)
+    same = combine(two, WEIGHTS, PARAMS, "svd", rank=3)
+    np.testing.assert_array_equal(update(plain), update(same))
+    all_of_it = combine(two, WEIGHTS, PARAMS, rank=99)
+    assert all_of_it.trainable[TARGET.path]["B"].shape == (10, 10)
+    told = combine(pair(), WEIGHTS, PARAMS, "ties", density=0.5, majority="total")
+    np.testing.assert_array_equal(update(combine(pair(), WEIGHTS, PARAMS, "ties")), update(told))
+
+
 def test_any_methods_of_stacked_kernels_add_up() -> None:
     at = setup()
     targets = [t for t in at.targets if t.lead][:3]
@@ -133,13 +155,21 @@ def test_a_kernel_that_one_adapter_lacks_is_combined_from_the_others() -> None:
 def test_what_cannot_be_combined_says_why() -> None:
     two, whole = pair(), init(PARAMS, Full(), [TARGET])
     bat = randomised(init(PARAMS, MiSS(rank=2, mode="bat"), [TARGET]))
-    wider = init(PARAMS, LoRA(4), [TARGET])
+    wider, six = (init(PARAMS, LoRA(rank), [TARGET]) for rank in (4, 6))
+    gated = init(PARAMS, DiffoRA(LoRA(2)), [TARGET])
+    down = {"down": {"kernel": jnp.ones((10, 12))}}
+    elsewhere = init(down, LoRA(2), [Target("down/kernel", (10, 12))])
     refused: Any = combine
     cases: Any = (
         ((two, [1.0]), {}, r"2 adapters with weights \[1.0\]"),
         ((two, [1.0, np.nan]), {}, "one finite weight"),
         ((two, WEIGHTS), {"density": 1.5}, "density 1.5"),
         ((two, WEIGHTS), {"how": "sum"}, "how"),
+        (([], []), {}, "at least one adapter"),
+        (([six, six], WEIGHTS), {"how": "cat"}, r"up/kernel \(12 x 10\): rank 12 exceeds"),
+        ((two, WEIGHTS), {"rank": 0}, "rank is 0"),
+        (([gated], [1.0]), {}, "up/kernel: diffora has no rank: give rank"),
+        (([elsewhere], [1.0]), {}, "down/kernel is missing"),
         (([*two[:1], whole], WEIGHTS), {}, "up/kernel is trained whole"),
         (([*two[:1], bat], WEIGHTS), {"how": "cat"}, "mode='bat'.* is no product of thin matrices"),
         (([*two[:1], wider], WEIGHTS), {"how": "ties"}, r"needs equal ranks, not \[3, 4\]"),

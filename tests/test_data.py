@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lora_mini_jax.data import (
     Packed,
     Tokenizer,
     encode_records,
+    examples_right,
     load_tokenizer,
     pack,
     read_records,
@@ -647,6 +649,21 @@ def test_order_is_of_seed_and_epoch() -> None:
     assert len(evaluated) == 3
 
 
+def test_rows_are_told_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_mini_jax.data.batches.TOLD", 4)
+    example = Example(np.full(2, 3, np.int32), np.ones(2, bool))
+    packed = pack([example] * 9, 3, packing=False)
+    told = Batches(packed, 2, 0).told
+    assert Batches(packed, 4, 1, shuffle=False).told == told
+    changed = [pack([example] * 8, 3, packing=False)]  # where those that are read are the same
+    for name, array in vars(packed).items():
+        for row in (0, -1):
+            other = array.copy()
+            other[row, -1] ^= True
+            changed.append(replace(packed, **{name: other}))
+    assert len({told, *(Batches(each, 2, 0).told for each in changed)}) == 10
+
+
 def test_batches_errors() -> None:
     packed = pack([Example(np.zeros(1, np.int32), np.zeros(1, bool))], 1)
     for call, word in (
@@ -706,6 +723,22 @@ def test_loss_ignores_what_does_not_count() -> None:
 
 def test_loss_refuses_shapes_that_do_not_go_together() -> None:
     logits, batch = random_batch(2)
-    with pytest.raises(UserError) as error:
-        token_loss(jnp.asarray(logits[:, :-1]), batch)
-    one_line_error(error, "(8, 7, 11)", "(8, 8)")
+    short = {**batch, "loss_mask": batch["loss_mask"][:, 1:]}
+    for wrong, other in ((logits[:, :-1], batch), (logits[..., 0], batch), (logits, short)):
+        with pytest.raises(UserError) as error:
+            token_loss(jnp.asarray(wrong), other)
+        one_line_error(error, str(wrong.shape), "(8, 8)", str(other["loss_mask"].shape))
+
+
+def test_examples_that_are_right_are_counted_as_by_a_plain_loop() -> None:
+    _, batch = random_batch(3)
+    right = np.random.default_rng(3).random((8, 8)) < 0.8
+    found = jax.jit(examples_right)(right, batch)
+    expected = []
+    for row, segments in enumerate(batch["segment_ids"]):
+        for segment in range(1, segments.max() + 1):
+            counted = np.flatnonzero((segments == segment) & batch["loss_mask"][row])
+            if counted.size:
+                expected.append(right[row, counted - 1].all())
+    assert [float(each) for each in found] == [sum(expected), len(expected)]
+    assert 0 < sum(expected) < len(expected) < sum(batch["segment_ids"].max(1))

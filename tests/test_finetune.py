@@ -9,6 +9,8 @@ import types
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -197,6 +199,36 @@ def test_a_folder_that_is_no_run_is_refused_and_kept(place):
     with pytest.raises(UserError, match="not a run folder"):
         quiet(options(place, output_dir=str(other)))
     assert [p.name for p in other.iterdir()] == ["thesis.txt"]
+    with pytest.raises(UserError, match=r"thesis.txt exists and is not a run folder"):
+        quiet(options(place, output_dir=str(other / "thesis.txt")))
+
+
+def test_of_a_run_that_came_to_nothing_nothing_stays(place):
+    given = options(place, output_dir=str(place / "none"))
+    one: Any = SimpleNamespace(told="one")
+    other: Any = SimpleNamespace(told="other")
+    folder = RunFolder(given)
+    folder.create(train=one)
+    folder.log([{"step": 0}])
+    (folder.path / "tensorboard").mkdir()
+    (folder.path / "tensorboard" / "events").write_text("some")
+    RunFolder(given).create(train=other)
+    kept = {path.name for path in folder.path.iterdir()}
+    assert kept == {"config.json", "data.json", "metrics.jsonl", "tensorboard"}
+    RunFolder(dataclasses.replace(given, learning_rate=0.5)).create()
+    assert {path.name for path in folder.path.iterdir()} == {"config.json"}
+
+
+def test_lines_after_a_step_are_forgotten_and_one_that_is_cut_short_is_none(place):
+    folder = RunFolder(options(place, output_dir=str(place / "lines")))
+    folder.create()
+    folder.log({"step": step} for step in (0, 2, 2, 4))
+    with open(folder.path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    assert [row["step"] for row in folder.metrics()] == [0, 2, 2, 4]
+    folder.rewind(2)
+    folder.log([{"step": 3}])
+    assert [row["step"] for row in folder.metrics()] == [0, 2, 2, 3]
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(place):

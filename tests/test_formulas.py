@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_mini_jax import LoRA, LoRAMini, UserError
+from lora_mini_jax import LoRA, LoRAMini, Target, UserError, init
 from lora_mini_jax.methods import (
     METHODS,
     AdaLoRA,
@@ -27,6 +27,7 @@ from lora_mini_jax.methods import (
     VeRA,
     from_dict,
 )
+from lora_mini_jax.methods.pissa import _since
 from tests.cases import draws
 
 N_IN, N_OUT, ROWS = 12, 8, 5
@@ -147,10 +148,37 @@ def test_pissa_starts_at_the_principal_part_and_olora_at_the_qr_decomposition():
     np.testing.assert_allclose(start["B0"] @ start["B0"].T, np.eye(3), atol=1e-5)
 
 
+def test_a_difference_of_products_has_the_gradients_of_the_two_products():
+    """Those of the start among them, for whoever asks for these too."""
+    pair = jnp.zeros((N_IN, 3)), jnp.zeros((3, N_OUT))
+    given = (jnp.zeros((ROWS, N_IN)), pair, pair)
+    x, now, start = (draws(each, 0.5, seed) for seed, each in enumerate(given))
+
+    def plain(x: Any, now: Any, start: Any) -> jax.Array:
+        return x @ now[0] @ now[1] - x @ start[0] @ start[1]
+
+    got, want = (jax.grad(lambda *given, f=f: jnp.sin(f(*given)).sum(), (0, 1, 2))(x, now, start)
+                 for f in (_since, plain))  # fmt: skip
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+
+def test_a_small_difference_of_large_products_survives_a_narrow_dtype():
+    left = jnp.round(8 * draws(jnp.zeros((N_IN, 2)), 1.0)) / 8
+    start = jnp.array([[96.0], [0.0]]) * jnp.ones(N_OUT)
+    factors = {"A": left, "A0": left, "B": start.at[1].set(1), "B0": start}
+    x = jnp.round(8 * draws(jnp.zeros((ROWS, N_IN)), 1.0, 1)) / 8
+    found = PiSSA(rank=2, alpha=2).delta(x.astype(jnp.bfloat16), jnp.zeros(()), factors)
+    wanted = (x @ left[:, 1:]) * jnp.ones(N_OUT)
+    np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=0.01)
+
+
 def test_dora_starts_at_the_columns_norms_and_vera_at_its_constants():
     kernel, trainable, _ = started(DoRA(rank=3), N_IN, N_OUT)
     norms = np.linalg.norm(doubles(kernel), axis=0)
     np.testing.assert_allclose(trainable["magnitude"], norms, rtol=1e-5)
+    zeros = kernel.at[:, 0].set(0)  # a column without a direction stays where it is
+    leaves, fixed = DoRA(rank=3).init(jax.random.key(0), zeros)
+    np.testing.assert_allclose(DoRA(rank=3).merge(zeros, {**leaves, **fixed}), zeros, rtol=1e-5)
     _, trainable, frozen = started(VeRA(rank=64), 96, 80)
     assert (trainable["d"] == 0.1).all()
     assert not trainable["b"].any()
@@ -159,10 +187,14 @@ def test_dora_starts_at_the_columns_norms_and_vera_at_its_constants():
 
 
 def test_vera_s_kernels_take_parts_of_the_same_factors():
-    _, _, small = started(VeRA(rank=5), 6, 4)
-    _, _, large = started(VeRA(rank=5), 9, 7)
+    shapes = {"small": (6, 4), "large": (9, 7)}
+    params = {name: {"kernel": jnp.zeros(shape)} for name, shape in shapes.items()}
+    targets = [Target(f"{name}/kernel", shape) for name, shape in shapes.items()]
+    small, large = init(params, VeRA(rank=5), targets).frozen.values()
     np.testing.assert_allclose(small["A"] * 6**0.5, large["A"][:6] * 9**0.5, rtol=1e-5)
     np.testing.assert_array_equal(small["B"], large["B"][:, :4])
+    left, right = large["A"][:7] * 9**0.5, large["B"].T * 5**0.5
+    assert not np.isclose(left, right).any()  # the two are draws of their own
 
 
 def uniform_within(values: Any, bound: float) -> None:
@@ -269,6 +301,36 @@ def test_svd_outer_factors_span_the_top_singular_vectors():
     assert (L[np.abs(L).argmax(0), range(6)] > 0).all()
 
 
+# What a run is that says no more than its method: of the papers, of PEFT, or chosen by experiment.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "lora-mini": {"rank": 8, "alpha": 16, "a": 32, "b": 32, "outer_init": "orthogonal",
+                  "outer": "float32"},
+    "lora-mini-diag": {"rank": 64, "alpha": 16, "outer_init": "gradient"},
+    **{name: {"rank": 8, "alpha": 16, "rslora": False} for name in ("lora", "lora-fa")},
+    **{name: {"rank": 8, "alpha": 16} for name in ("dora", "pissa", "olora", "lora-xs")},
+    "vera": {"rank": 256, "d_initial": 0.1},
+    "miss": {"rank": 64, "mode": "miss", "mini_rank": 1},
+    "switchlora": {"rank": 8, "interval0": 40, "ratio": 0.1, "total_steps": 1000,
+                   "freeze_steps": 5},
+    "relora": {"rank": 8, "alpha": 16, "reset_every": 200},
+    "adalora": {"rank": 12, "alpha": 16, "total_steps": 1000, "target_rank": 8, "tinit": 0,
+                "tfinal": 0, "delta_t": 1, "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5},
+    "full": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"diffora"}))
+def test_defaults_are_what_they_were(name: str):
+    assert METHODS[name]().to_dict() == {"method": name, **DEFAULTS[name], "dropout": 0}
+
+
+def test_the_defaults_of_a_search_are_what_they_were():
+    inner, search = LoRA(), DiffoRA(LoRA()).to_dict()
+    assert search.pop("inner") == inner.to_dict()
+    assert search == {"method": "diffora", "rho": 0.5, "relaxation": "sigmoid", "sharing": "none",
+                      "search_steps": None, "gate_learning_rate": 0.05, "dropout": 0}  # fmt: skip
+
+
 BAD = [
     {"rank": 0}, {"rank": -1}, {"rank": 1.5}, {"rank": "4"}, {"rank": True}, {"rank": None},
     {"alpha": 0}, {"alpha": -1.0}, {"alpha": "x"}, {"alpha": float("nan")},
@@ -316,3 +378,9 @@ def test_a_bad_setting_is_refused_in_one_line_that_names_it(record: dict[str, An
 def test_a_size_beyond_the_kernel_is_a_problem(method: Any, n_in: int, n_out: int, named: str):
     assert [p for p in method.problems(n_in, n_out) if named in p]
     assert not method.problems(20, 20)
+
+
+def test_a_size_as_large_as_the_kernel_is_none():
+    for method in (LoRA(rank=4), LoRAMini(rank=4, a=4, b=4), LoRAXS(rank=4), MiSS(rank=4)):
+        assert not method.problems(4, 9)
+        assert method.problems(3, 9)

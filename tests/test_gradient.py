@@ -75,3 +75,5 @@ def test_a_batch_without_a_token_that_counts_changes_nothing():
 def test_rows_that_do_not_divide_are_refused():
     with pytest.raises(UserError, match="multiple of 3"):
         updated(LoRA(rank=2), 3)
+    with pytest.raises(UserError, match="parts is 0"):
+        made(LoRA(rank=2), 0)

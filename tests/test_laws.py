@@ -79,6 +79,10 @@ def shifted(case: Case, kernel: Any, factors: Any) -> Any:
     return kernel if shift is None else kernel + shift
 
 
+def thin(method: Any, kernel: Any, factors: Any) -> Any:
+    return method.thin(factors, *kernel.shape)
+
+
 def unmoved(case: Case, frozen: Any) -> Any:
     """The frozen leaves that are the same at every step of training."""
     moved = case.method.stored
@@ -121,6 +125,15 @@ def test_delta_is_the_merged_kernel_less_the_kernel(case: Case):
     close(case.method.delta(x, kernel, factors), x @ update)
     ids = jnp.array([[n_in - 1, 0], [3, 3]])
     close(case.method.rows(ids, kernel, factors), update[ids])
+    if pair := case.method.thin(factors, n_in, n_out):
+        close(pair[0] @ pair[1], case.method.merge(kernel, factors) - kernel)
+    half = case.method.delta(x.astype(jnp.bfloat16), kernel, factors)
+    assert half.dtype == jnp.bfloat16
+    close(half.astype(jnp.float32), x @ update, 0.05)
+    # Accelerators round what they multiply, unless they are told not to.
+    for dense in (case.method.merge, case.method.unmerge, partial(thin, case.method)):
+        text = str(jax.make_jaxpr(dense)(kernel, factors))
+        assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST")
 
 
 @every_layout
@@ -213,6 +226,15 @@ def test_training_moves_every_trained_leaf_and_nothing_else(case: Case):
             # A leaf may move without one, by its method's own step.
             assert (moment != 0).any(1).all(), f"{path} {name}: some layer has no gradient"
             assert (moved > 0).any(1).all(), f"{path} {name}: some layer does not move"
+
+
+@main_case
+def test_a_method_that_starts_entries_afresh_says_so(case: Case):
+    kernel = jnp.zeros((13, 9) if not case.method.problems(13, 9) else (12, 8))
+    trainable, frozen = case.method.init(jax.random.key(1), kernel)
+    given = {"up": {**trainable, **frozen}}, {"up": trainable}
+    stepped = jax.eval_shape(case.method.step, jax.random.key(2), jnp.int32(0), *given)
+    assert bool(stepped.reset) == case.method.restarts
 
 
 @main_case

@@ -16,6 +16,7 @@ from lora_mini_jax import (
     TrainState,
     UserError,
     init,
+    join,
     linen,
     make_train_step,
     merge,
@@ -348,6 +349,7 @@ def test_parameters_of_another_model_raise_listing_every_misfit():
     for call in (
         lambda: linen.adapt(other)(wrong, adapter, X),
         lambda: merge(wrong, adapter),
+        lambda: join(wrong, adapter),
         lambda: init(wrong, METHOD, [site.target for site in adapter.sites]),
     ):
         with pytest.raises(UserError) as caught:
@@ -409,6 +411,16 @@ def test_select_chooses_by_pattern_or_raises(include: Any, exclude: Any, chosen:
         return
     with pytest.raises(UserError):
         select(TARGETS, include, exclude)
+
+
+def test_presets_know_heads_and_biases_by_whole_names():
+    heads = ("lm_head", "head", "classifier", "score", "logits", "output_head")
+    for name in heads:
+        named = [Target(f"{path}/kernel", (6, 8)) for path in (name, f"{name}s", f"my_{name}ing")]
+        assert select(named, "head-only") == tuple(named[:1])
+        assert select(named) == tuple(named[1:])
+    biases = Target("up/bias", (8,), ins=(), outs=(0,), kind="array"), Target("bias/kernel", (6, 8))
+    assert select(biases, "bias-only") == biases[:1]
 
 
 def test_a_pattern_that_matches_nothing_lists_the_kernels():

@@ -78,10 +78,13 @@ def test_a_tree_without_an_adapter_raises():
 
 def test_join_and_split_are_inverse_whatever_modules_are_called():
     for name in ("up", "image_adapter", "kernel_adapter"):
-        params = {name: {"up": PARAMS["layers_0"]}}
-        target = Target(f"{name}/up/kernel", (5, 6))
+        params = {name: {"trainable": {"up": PARAMS["layers_0"]}}}
+        target = Target(f"{name}/trainable/up/kernel", (5, 6))
         adapter = init(params, LoRAMini(rank=2, a=3, b=3), [target])
         back, again = split(join(params, adapter), adapter)
+        mask = split(trainable_mask(join(params, adapter)), adapter)
+        assert all(jax.tree.leaves(mask[1].trainable)), name
+        assert not any(jax.tree.leaves((mask[0], mask[1].frozen))), name
         assert jax.tree.structure(back) == jax.tree.structure(params), name
         assert jax.tree.structure(again) == jax.tree.structure(adapter), name
         assert not changed((params, adapter), (back, again))
@@ -160,6 +163,19 @@ def test_a_loss_that_is_not_finite_changes_nothing_but_the_count(noisy, bad: flo
     assert changed(after.adapter, healed.adapter)
 
 
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_or_gradient_alone_that_is_not_finite_changes_nothing(what: str):
+    def bad(params: Any, adapter: Any, batch: Any, key: Any) -> jax.Array:
+        loss = loss_fn(params, adapter, batch, key)
+        return loss + (jnp.nan if what == "loss" else jnp.sqrt(jnp.abs(0 * loss)))
+
+    tx = optax.sgd(0.1)
+    state, metrics = make_train_step(bad, tx)(TrainState.create(ADAPTER, tx), PARAMS, (X, Y))
+    assert np.isfinite(metrics.loss) == (what == "gradient")
+    assert np.isfinite(metrics.grad_norm) == (what == "loss")
+    assert not changed(ADAPTER, state.adapter)
+
+
 def test_metrics_are_the_loss_the_gradient_norm_and_what_the_loss_adds(noisy):
     _, (metrics,) = run(noisy, 0, [(X, Y)])
     factor = 1 + 0.1 * metrics.aux["noise"]
@@ -175,6 +191,10 @@ def test_a_seed_gives_the_same_run_and_each_step_its_own_randomness(noisy):
     two, again = run(noisy, jax.random.key(4), [(X, Y)] * 3)
     _, other = run(noisy, 5, [(X, Y)] * 3)
     assert not changed((one, first), (two, again))
+    # A run that is taken up by a later version sees the noise that it would have seen.
+    for step, metrics in enumerate(first):
+        key, _ = jax.random.split(jax.random.fold_in(jax.random.key(4), step))
+        np.testing.assert_allclose(metrics.aux["noise"], jax.random.normal(key, ()), rtol=1e-6)
     draws_seen = [float(m.aux["noise"]) for m in (*first, *other)]
     assert len(set(draws_seen)) == 6
 
@@ -182,7 +202,10 @@ def test_a_seed_gives_the_same_run_and_each_step_its_own_randomness(noisy):
 def test_the_step_takes_no_array_of_the_callers(noisy):
     """The state is donated: what was given to make it must not be gone with it."""
     key = jax.random.key(1)
-    run(noisy, key, [(X, Y)])
+    step, tx = noisy
+    state = TrainState.create(ADAPTER, tx, key)
+    step(state, PARAMS, (X, Y))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.adapter.trainable))
     assert jax.random.normal(key, ()).shape == ()
     assert not any(x.is_deleted() for x in jax.tree.leaves((ADAPTER, PARAMS)))
 
@@ -195,6 +218,16 @@ OPTIMISERS: dict[str, Any] = {
     "keeps where it started": optax.contrib.prodigy(1e-2),
     "asks for the loss": optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()),
 }
+
+
+def test_no_array_is_in_a_state_twice_for_each_is_given_away_once():
+    def init(params: Any) -> Any:
+        zeros = optax.tree.zeros_like(params)
+        return zeros, zeros, params
+
+    twice = optax.GradientTransformation(init, optax.identity().update)
+    leaves = jax.tree.leaves(TrainState.create(ADAPTER, twice))
+    assert len(set(map(id, leaves))) == len(leaves)
 
 
 AFRESH = LoRA(rank=2), ReLoRA(rank=2, reset_every=2), SwitchLoRA(rank=2, interval0=1.0)
@@ -238,6 +271,8 @@ def test_forgotten_entries_take_the_first_step_of_a_new_run_and_held_ones_wait()
     params = tree(up=np.zeros((2, 2)), down=np.zeros(3))
     state, g = tx.init(params), tree(up=np.full((2, 2), 0.5), down=np.full(3, 0.5))
     update = jax.jit(tx.update)
+    updates, _ = tx.update(g, state, hold=jax.tree.map(lambda x: x > 0, g))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(updates))  # held from the start
     for _ in range(200):
         _, state = update(g, state)
     afresh = {"up": {"A": jnp.array([[True, False], [False, False]])},

@@ -3,19 +3,23 @@
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+import lora_mini_jax.runs.meter as meter_module
+from lora_mini_jax import UserError
 from lora_mini_jax.data import Batches, Example, pack
 from lora_mini_jax.data.prefetch import prefetched
 from lora_mini_jax.devices import Devices
 from lora_mini_jax.runs.finetune import finetune
 from lora_mini_jax.runs.folder import RunFolder
-from lora_mini_jax.runs.meter import typical, waited
+from lora_mini_jax.runs.meter import Meter, typical, waited
 from lora_mini_jax.sharding import make_mesh
+from lora_mini_jax.train import Metrics
 from tests.runs import options
 
 
@@ -112,11 +116,61 @@ def test_the_share_is_of_the_time_in_steps() -> None:
 
 
 def test_what_is_typical_is_so_of_most_steps() -> None:
-    steps = {1: 9.0, 51: 1.0, 52: 3.0, 53: 3.0}
+    steps = {30: 9.0, 51: 1.0, 52: 3.0, 53: 3.0}  # the first line is that of warming up
     lines = [{"step": 0, "valid_loss": 1.0}]
     lines += [{"step": step, "step_seconds": seconds} for step, seconds in steps.items()]
     assert typical(lines, "step_seconds") == 1.0
     assert typical(lines[:2], "step_seconds") == 9.0
+
+
+def test_a_line_of_metrics_is_of_the_steps_and_the_seconds_since_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(meter_module, "time", clock)
+
+    def passes(seconds: float) -> float:
+        clock.now += seconds
+        return clock.now
+
+    def step(loss: float, norm: float) -> None:
+        next(batches)  # after a second
+        passes(3)
+        meter.add(Metrics(jax.numpy.float32(loss), jax.numpy.float32(norm), None), np.int32(8))
+
+    given = options(tmp_path, log_every=2)
+    folder = RunFolder(given)
+    folder.create()
+    folder.log([{"step": 3, "seconds": 50.0}])
+    memory = SimpleNamespace(argument_size_in_bytes=10, output_size_in_bytes=5,
+                             alias_size_in_bytes=3, temp_size_in_bytes=2)  # fmt: skip
+    compiled: Any = SimpleNamespace(memory_analysis=lambda: memory)
+    with Meter(given, folder, 3, 9, lambda t: 10 * t) as meter:
+        batches = meter.waits(iter(lambda: passes(1), None))
+        next(batches)
+        passes(20)
+        meter.compiled(compiled)
+        step(1, 5)
+        passes(7)
+        meter.evaluated({"valid_loss": 2.0})
+        step(2, 6)
+        step(4, 8)
+        passes(9)
+        meter.saved()
+        step(3, 3)
+        step(3, 3)
+        step(3, 3)
+        with pytest.raises(UserError, match=r"loss 3\.0 with gradient norm inf at step 10"):
+            step(3, np.inf)
+    same = {"tokens_per_second": 2.0, "step_seconds": 4.0, "data_wait_share": 0.25}
+    assert folder.metrics() == [
+        {"step": 3, "seconds": 50.0},
+        {"step": 3, "step_bytes": 14, "seconds": 71.0},
+        {"step": 4, "loss": 1.0, "grad_norm": 5.0, **same, "learning_rate": 30.0, "seconds": 75.0},
+        {"step": 4, "valid_loss": 2.0, "seconds": 82.0},
+        {"step": 6, "loss": 3.0, "grad_norm": 7.0, **same, "learning_rate": 50.0, "seconds": 90.0},
+        {"step": 8, "loss": 3.0, "grad_norm": 3.0, **same, "learning_rate": 70.0, "seconds": 107.0},
+    ]
 
 
 def test_each_process_reads_the_rows_of_its_own_devices_once() -> None:

@@ -130,6 +130,13 @@ def test_the_jagged_schedule_warms_up_after_every_reset_but_not_before():
         np.testing.assert_allclose(rate(t), cosine(t) * share, atol=1e-6)
 
 
+def test_the_share_of_warming_up_is_of_the_steps_between_resets():
+    schedule = optax.constant_schedule(2.0)
+    for share, warmup in ((0.3, 2), (0.5, 4), (0.0, 1)):
+        rates = METHOD.rate(schedule, share), jagged(schedule, EVERY, warmup)
+        assert [float(rates[0](t)) for t in range(20)] == [float(rates[1](t)) for t in range(20)]
+
+
 @pytest.mark.parametrize("name", ["reset_every", "warmup"])
 @pytest.mark.parametrize("bad", [0, 1.5, True])
 def test_a_bad_jagged_schedule_is_refused(name: str, bad: Any):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_mini_jax.runs.finetune as finetune_module
 import lora_mini_jax.runs.search as search_run
@@ -37,6 +38,7 @@ from lora_mini_jax.plan import plan
 from lora_mini_jax.runs.finetune import finetune
 from lora_mini_jax.runs.folder import RunFolder
 from lora_mini_jax.search import halves, make_search_step, search_state
+from lora_mini_jax.sharding import make_mesh
 from lora_mini_jax.tree import flatten, parameters, unflatten
 from tests.cases import by_name, draws, randomised, setup
 from tests.runs import options, write_model
@@ -68,6 +70,7 @@ def test_the_halves_share_no_row_and_lose_none(n: int):
     for half, own in zip((one, other), seen, strict=True):
         drawn = np.concatenate([half.batch(i)["tokens"][:, 0] for i in range(3 * len(half))])
         assert set(drawn.tolist()) - {0} == own, "whatever the epoch"
+        assert (np.diff(half.packed.tokens[:, 0]) > 0).all(), "read in the order of the data"
     again, another = halves(batches, seed=4)[0], halves(batches, seed=5)[0]
     assert np.array_equal(one.packed.tokens, again.packed.tokens)
     assert n < 5 or not np.array_equal(one.packed.tokens, another.packed.tokens)
@@ -136,12 +139,47 @@ def test_gates_see_the_validation_batch_alone_and_weights_the_training_batch():
             np.testing.assert_allclose(leaf, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_every_loss_of_a_search_has_a_key_of_its_own_and_every_optimiser_its_loss():
+    def noisy(params: Any, adapter: Any, batch: Any, key: Any) -> jax.Array:
+        return loss_fn(params, adapter, batch, key) + jax.random.normal(key)
+
+    adapter, still = init(PARAMS, METHOD, TARGETS, 1), optax.set_to_zero()
+    tx = optax.chain(still, optax.contrib.reduce_on_plateau())  # which asks for the loss
+    step: Any = make_search_step(noisy, tx, tx)
+    state, losses = search_state(adapter, tx, tx), set()
+    for _ in range(2):
+        state, metrics = step(state, PARAMS, batch(1), batch(1))
+        losses |= {float(loss) for loss in metrics}
+    assert len(losses) == 4
+
+
+def test_a_search_takes_a_batch_in_parts_and_keeps_the_state_where_it_is():
+    adapter, tx = init(PARAMS, METHOD, TARGETS, 1), optax.sgd(0.1)
+    step: Any = make_search_step(loss_fn, tx, tx, parts=4)
+    with pytest.raises(UserError, match="multiple of 4"):
+        step(search_state(adapter, tx, tx), PARAMS, batch(1), batch(2))
+    everywhere = NamedSharding(make_mesh(), PartitionSpec())
+    like = jax.device_put(search_state(adapter, tx, tx), everywhere)
+    step = make_search_step(loss_fn, tx, tx, like=like)
+    state, _ = step(search_state(adapter, tx, tx), PARAMS, batch(1), batch(2))
+    assert all(leaf.sharding == everywhere for leaf in jax.tree.leaves(state))
+
+
 @pytest.mark.parametrize("spoilt", ["train", "valid"])
-def test_a_loss_that_is_not_finite_moves_nothing(spoilt: str):
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_moves_nothing(spoilt: str, what: str):
+    def steep(params: Any, adapter: Any, batch: Any, key: Any) -> jax.Array:
+        x, y = batch
+        loss = loss_fn(params, adapter, (x, y), key)
+        return loss + jnp.sqrt(jnp.abs(loss * y[0, 0]))  # of no finite slope where that is 0
+
     adapter, tx = randomised(init(PARAMS, METHOD, TARGETS, 1), 0.5), optax.adam(0.1)
     batches = {"train": batch(1), "valid": batch(2)}
-    batches[spoilt] = (batches[spoilt][0], batches[spoilt][1] * np.nan)
-    after, _ = one_step(adapter, *batches.values(), tx, tx)
+    (x, y), worse = batches[spoilt], np.nan if what == "loss" else 0
+    batches[spoilt] = x, y * worse
+    step: Any = make_search_step(steep, tx, tx)
+    after, metrics = step(search_state(adapter, tx, tx), PARAMS, *batches.values())
+    assert bool(jnp.isfinite(jnp.stack(metrics)).all()) == (what == "gradient")
     moved = [same_bits(a, b) for a, b in zip(parts(after.adapter), parts(adapter), strict=True)]
     assert moved == ([False, True] if spoilt == "train" else [True, False])
     finite = jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), after.opt_state)

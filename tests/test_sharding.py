@@ -27,7 +27,7 @@ from lora_mini_jax import (
 from lora_mini_jax.checkpoint import Checkpoints
 from lora_mini_jax.collectives import Collective, collectives
 from lora_mini_jax.methods import METHODS, AdaLoRA, DoRA, Full, LoRA, SwitchLoRA
-from lora_mini_jax.tree import parameters
+from lora_mini_jax.tree import flatten, parameters, unflatten
 from tests.cases import CASES, Case, cross_entropy, draws, random_params, randomised
 from tests.test_laws import close
 
@@ -261,6 +261,21 @@ def test_leaves_are_split_as_the_side_of_the_kernel_they_run_along():
     assert own["layers"]["o_proj"]["kernel"].spec == P(None, "fsdp", None, None)
 
 
+def test_what_ends_a_block_is_split_the_other_way_and_what_is_no_kernel_not_at_all():
+    mesh = sharding.make_mesh("fsdp=4,tensor=2")
+    ends = ("o_proj", "down_proj", "output/dense", "c_proj", "o", "wo", "out")
+    paths = [f"{name}/kernel" for name in (*ends, "in_proj", "dense")] + ["embed/embedding"]
+    params = unflatten({path: jnp.ones((8, 8)) for path in paths} | {"norm/bias": jnp.ones(8)})
+    kernels = [Target(path, (8, 8)) for path in paths]
+    specs = {p: of.spec for p, of in flatten(sharding.of_params(mesh, params, kernels)).items()}
+    others = dict.fromkeys(("in_proj/kernel", "dense/kernel"), P("fsdp", "tensor"))
+    assert specs == {**dict.fromkeys(paths, P("tensor", "fsdp")), **others, "norm/bias": P()}
+    every = parameters(params, kernels)
+    whole: Any = sharding.of_adapter(mesh, init(params, Full(), every)).trainable
+    assert whole["norm/bias"]["dense"].spec == P(None, None)
+    assert whole["dense/kernel"]["dense"].spec == P("fsdp", "tensor")
+
+
 def test_a_side_that_the_mesh_does_not_divide_stays_whole():
     odd = Target("up/kernel", (7, 12))
     mesh = sharding.make_mesh("fsdp=2,tensor=4")
@@ -268,7 +283,9 @@ def test_a_side_that_the_mesh_does_not_divide_stays_whole():
     assert sharding.of_params(mesh, params, [odd])["up"]["kernel"].spec == P(None, "tensor")
 
 
-@pytest.mark.parametrize("sizes", ["data=3", "rows=8", "data", "data=0", "", "data=-1,fsdp=-1"])
+@pytest.mark.parametrize("sizes", ["data=3", "rows=8", "data", "data=0", "", "data=-1,fsdp=-1",
+                                   "data=-2,fsdp=-4", "data=4,data=8", "data=8,rows",
+                                   "data=-1,fsdp=0"])  # fmt: skip
 def test_a_mesh_that_is_none_is_refused(sizes: str):
     with pytest.raises(UserError, match="mesh"):
         sharding.make_mesh(sizes)
@@ -277,6 +294,7 @@ def test_a_mesh_that_is_none_is_refused(sizes: str):
 def test_what_is_left_of_the_devices_is_taken_and_rows_must_be_split():
     mesh = sharding.make_mesh("fsdp=2,data=-1")
     assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert sharding.of_batch(mesh).spec == P(("data", "fsdp"))
     sharding.check_rows(mesh, 16)
     with pytest.raises(UserError, match="multiple of 8"):
         sharding.check_rows(mesh, 12)

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from lora_mini_jax import Adapter, LoRA, LoRAMini, Target, UserError, init, join, load, save, split
 from lora_mini_jax.adapter import draw
 from lora_mini_jax.methods import OLoRA, PiSSA
-from lora_mini_jax.plan import Site
+from lora_mini_jax.plan import Site, check
 from lora_mini_jax.sketch import same, sketch
 from tests.cases import by_name, draws, randomised
 
@@ -123,7 +123,9 @@ def test_a_folder_or_file_that_is_missing(tmp_path, folder):
 def test_files_that_are_damaged(folder):
     tensors, record = folder / "adapter.safetensors", folder / "adapter.json"
     whole = tensors.read_bytes()
-    for part in (whole[:-50], whole[:100], b"", b"\0" * 64):
+    header = b'{"A":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}'
+    eight_bits = len(header).to_bytes(8, "little") + header + b"\0"
+    for part in (whole[:-50], whole[:100], b"", b"\0" * 64, eight_bits):
         tensors.write_bytes(part)
         refused(folder, "adapter.safetensors", "damaged", "again")
     record.write_text(record.read_text()[:-20])
@@ -320,3 +322,5 @@ def test_an_owner_without_leaves_is_one_line(tmp_path):
     (tmp_path / "one" / "adapter.json").write_text(text.replace('"q/kernel"}', '"k/kernel"}'))
     with pytest.raises(UserError, match="v/kernel: uses the leaves of k/kernel, which has none"):
         load(tmp_path / "one", params)
+    with pytest.raises(UserError, match="q/kernel: uses the leaves of v/kernel, which has none"):
+        check([replace(q, owner="v/kernel"), replace(v, owner="q/kernel")])

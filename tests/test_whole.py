@@ -139,7 +139,7 @@ def test_a_seed_of_numpy_is_a_seed_and_overrides_are_checked_together():
     one, other = (init(PARAMS, LoRA(rank=2), up, seed) for seed in SEEDS)
     jax.tree.map(np.testing.assert_array_equal, one.trainable, other.trainable)
     method = LoRAMini(rank=4, a=8, b=8)
-    # A rank of 4 between sides of 2 would be refused; the last pattern makes it 1.
-    overrides = {"up": {"a": 2}, "up/kernel": {"rank": 1}}
+    # A rank of 4 or 3 between sides of 2 would be refused; the last pattern makes it 1.
+    overrides = {"up": {"a": 2, "rank": 3}, "up/kernel": {"rank": 1}}
     (site,) = init(PARAMS, method, up, overrides=overrides).sites
     assert site.method == LoRAMini(rank=1, a=2, b=8)
