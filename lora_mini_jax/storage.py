@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_mini_jax.adapter import Adapter, draw
+from lora_mini_jax.adapter import Adapter, check_adapter, draw
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import new_folder, read_json, write_text, writing
 from lora_mini_jax.method import Factors
@@ -46,7 +46,8 @@ def save(
         task: what it was trained for, as JSON; kept for `record_of`.
 
     Raises:
-        UserError: a disk that is full, a folder that cannot be written or holds something else.
+        UserError: a disk that is full, a folder that cannot be written or holds something else;
+            something else in the adapter's place.
 
     Example:
         >>> import tempfile
@@ -60,6 +61,7 @@ def save(
     """
     from safetensors.numpy import save_file
 
+    check_adapter(adapter)
     stored = _stored(adapter, store_outer)
     tensors = {f"{group}/{path}": on_host(leaf) for group in GROUPS
                for path, leaf in by_name(stored[group]).items()}  # fmt: skip
