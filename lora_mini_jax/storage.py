@@ -175,6 +175,12 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is damaged ({error}): copy or save the adapter again") from None
 
 
+def _fits(group: str, expected: Any, tensor: np.ndarray) -> bool:
+    """Whether a leaf may have its dtype: trained ones may have been made narrower, or wider."""
+    real = group == "trainable" and jnp.issubdtype(tensor.dtype, jnp.floating)
+    return real or expected.dtype == tensor.dtype
+
+
 def _fill(drawn: Adapter, tensors: dict[str, np.ndarray], digests: dict, folder: Path) -> Adapter:
     """The drawn adapter with the leaves of the file in their places; every misfit in one error.
 
@@ -185,7 +191,7 @@ def _fill(drawn: Adapter, tensors: dict[str, np.ndarray], digests: dict, folder:
     for name, tensor in tensors.items():
         group, _, path = name.partition("/")
         expected = groups.get(group, {}).get(path)
-        if expected is None or expected.shape != tensor.shape or expected.dtype != tensor.dtype:
+        if expected is None or expected.shape != tensor.shape or not _fits(group, expected, tensor):
             want = "nothing" if expected is None else f"{expected.shape} {expected.dtype}"
             wrong.append(f"{name} is {tensor.shape} {tensor.dtype}, expected {want}")
         else:
