@@ -442,6 +442,13 @@ def test_a_pattern_that_matches_nothing_lists_the_kernels():
     assert all(path in str(caught.value) for path in PATHS)
 
 
+def test_a_model_without_a_known_layer_says_so():
+    model = nn.Conv(4, (1,))
+    targets = linen.targets(model, random_params(model, X), X)
+    with pytest.raises(UserError, match="none of a known layer, or `rules`"):
+        select(targets)
+
+
 def test_overrides_change_the_kernels_they_name():
     params = {"up": {"kernel": jnp.ones((8, 6))}, "down": {"kernel": jnp.ones((6, 8))}}
     targets = [Target("up/kernel", (8, 6)), Target("down/kernel", (6, 8))]
