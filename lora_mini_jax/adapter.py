@@ -176,6 +176,13 @@ def as_key(key: Any) -> jax.Array:
     return key
 
 
+def check_adapter(adapter: Any) -> None:
+    """Raise `UserError` for anything else in an adapter's place."""
+    if not isinstance(adapter, Adapter):
+        raise UserError(f"a {type(adapter).__name__} is no adapter: give params and adapter in "
+                        "this order; of a state or a bank, its adapter")  # fmt: skip
+
+
 def count(adapter: Adapter) -> int:
     """How many parameters are trained.
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.adapter import Adapter, as_key
+from lora_mini_jax.adapter import Adapter, as_key, check_adapter
 from lora_mini_jax.draws import fold_path, split_key
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.hardware import takes_joint_products
@@ -74,9 +74,7 @@ def prepared(
 
 def called_sites(adapter: Adapter) -> dict[str, Site]:
     """The sites that a layer's call adds something to, by path; an array is only replaced."""
-    if not isinstance(adapter, Adapter):
-        raise UserError(f"a {type(adapter).__name__} is no adapter: call apply(params, adapter, "
-                        "inputs), with one of a bank's adapters where there are many")  # fmt: skip
+    check_adapter(adapter)
     return {site.target.path: site for site in adapter.sites if site.target.kind != "array"}
 
 

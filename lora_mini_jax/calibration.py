@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from lora_mini_jax.adapter import Adapter, draw
 from lora_mini_jax.decompositions import orthonormal, top_singular
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.gradient import LossFn
+from lora_mini_jax.gradient import LossFn, parted
 from lora_mini_jax.low_rank import Product
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.methods.full import Full
@@ -46,7 +46,7 @@ def calibrate(
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
 
     Raises:
-        UserError: no batch.
+        UserError: no batch, or a loss that is no number.
 
     Example:
         >>> import flax.linen as nn
@@ -105,7 +105,7 @@ def _summed_gradient(params: Any, loss_fn: LossFn, has_aux: bool) -> Any:
     def added(total: Any, probes: Adapter, params: Any, batch: Any) -> Any:
         def loss(trainable: Any) -> jax.Array:
             out = loss_fn(params, probes.with_trainable(trainable), batch, jax.random.key(0))
-            return out[0] if has_aux else out
+            return parted(out, has_aux)[0]
 
         return jax.tree.map(jnp.add, total, jax.grad(loss)(probes.trainable))
 

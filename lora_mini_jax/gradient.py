@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lora_mini_jax import moves
 from lora_mini_jax.adapter import Adapter
@@ -22,12 +23,29 @@ def gradient(
 
     def loss_of(trainable: Any) -> tuple[jax.Array, Any]:
         now = adapter.with_trainable(trainable)
-        out = loss_fn(params, now, batch, key)
-        loss, aux = out if has_aux else (out, None)
+        loss, aux = parted(loss_fn(params, now, batch, key), has_aux)
         return loss + moves.penalty(now), (loss, aux)
 
     (_, (loss, aux)), grads = jax.value_and_grad(loss_of, has_aux=True)(adapter.trainable)
     return loss, aux, grads
+
+
+def parted(out: Any, has_aux: bool) -> tuple[jax.Array, Any]:
+    """The loss and ``aux`` of what a loss function gave.
+
+    Raises:
+        UserError: a loss that is no number, or a pair where ``has_aux`` says that there is none.
+    """
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        raise UserError("loss_fn gave no pair (loss, aux): leave has_aux out, or return both")
+    loss, aux = out if has_aux else (out, None)
+    if isinstance(loss, tuple):
+        raise UserError("loss_fn gave several values: return the loss alone, or say has_aux=True "
+                        "and return (loss, aux)")  # fmt: skip
+    if jnp.ndim(loss):
+        raise UserError(f"loss_fn gave an array {jnp.shape(loss)}: return one number, such as its "
+                        "mean")  # fmt: skip
+    return loss, aux
 
 
 def accumulated(
@@ -67,9 +85,9 @@ def accumulated(
         return jax.tree.map(jnp.add, total, (*weighted, weight)), None
 
     zero = jnp.zeros((), jnp.float32)
-    start = zero, jax.tree.map(jnp.zeros_like, adapter.trainable), zero
+    start = zero, optax.tree.zeros_like(adapter.trainable, dtype=jnp.float32), zero
     turns = jnp.arange(parts), jax.tree.map(divided, batch)
     (loss, grads, weight), _ = jax.lax.scan(add, start, turns)
     share = 1 / jnp.where(weight > 0, weight, 1)
-    loss, grads = jax.tree.map(lambda x: x * share, (loss, grads))
-    return loss, weight if has_aux else None, grads
+    own = jax.tree.map(lambda x, leaf: (x * share).astype(leaf.dtype), grads, adapter.trainable)
+    return loss * share, weight if has_aux else None, own

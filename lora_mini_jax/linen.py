@@ -24,6 +24,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.core.scope import CollectionFilter, in_filter, subtract_filters
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_mini_jax import beside, hardware
@@ -135,7 +136,8 @@ def adapt(
         ``apply(params, adapter, *inputs, variables=None, dropout_key=None, **kwargs)``;
         ``variables`` holds other collections (``batch_stats``); a ``dropout_key`` turns on the
         dropout of methods that have one, every kernel and stacked layer with its own stream;
-        ``kwargs`` go to ``model.apply`` (``rngs``, ``mutable``).
+        ``kwargs`` go to ``model.apply`` (``rngs``, ``mutable``; a ``mutable`` that takes in
+        ``params`` gives them back as they were given).
 
     Raises:
         UserError: from ``apply``: an adapted kernel that the call never used, where ``whole``, or
@@ -157,6 +159,7 @@ def adapt(
         *inputs: Any,
         variables: Mapping[str, Any] | None = None,
         dropout_key: Array | None = None,
+        mutable: CollectionFilter = False,
         **kwargs: Any,
     ) -> Any:
         sites = beside.called_sites(adapter)
@@ -187,7 +190,13 @@ def adapt(
 
         joined = beside.marked(*beside.prepared(params, adapter, dropout_key), this)
         with hardware.on_mesh(rows), nn.intercept_methods(interceptor):
-            out = model.apply({**(variables or {}), "params": joined}, *inputs, **kwargs)
+            given = {**(variables or {}), "params": joined}
+            if in_filter(mutable, "params"):  # what stands beside them is not to come out
+                changing = subtract_filters(mutable, "params")
+                y, changed = model.apply(given, *inputs, mutable=changing, **kwargs)
+                out = y, {**changed, "params": params}
+            else:
+                out = model.apply(given, *inputs, mutable=mutable, **kwargs)
         if whole:
             beside.check_used(sites, used)
         return out

@@ -44,11 +44,17 @@ def step(adapter: Adapter, grads: Any, t: jax.Array, key: jax.Array) -> tuple[Ad
         own = {path: {**frozen[path], **trainable[path]} for path in paths}
         stepped = method.step(key, t, own, {path: grads[path] for path in paths})
         for path in paths:
-            trainable[path] = trainable[path] | stepped.trainable.get(path, {})
-            frozen[path] = frozen[path] | stepped.frozen.get(path, {})
+            trainable[path] = _changed(trainable[path], stepped.trainable.get(path, {}))
+            frozen[path] = _changed(frozen[path], stepped.frozen.get(path, {}))
         reset |= stepped.reset
     after = replace(adapter, trainable=trainable, frozen=frozen)
     return after, _full(reset, trainable) if reset else None
+
+
+def _changed(before: Factors, new: Factors) -> Factors:
+    """The leaves after a step, in the dtypes that they had: another would compile again, and not
+    be what a checkpoint expects."""
+    return before | {name: leaf.astype(before[name].dtype) for name, leaf in new.items()}
 
 
 def _full(masks: dict[str, Factors], trainable: dict[str, Factors]) -> dict[str, Factors]:

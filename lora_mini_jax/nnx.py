@@ -64,7 +64,7 @@ def parameters(model: nnx.Module) -> dict[str, Any]:
         (2, 3)
     """
     _, state, _ = nnx.split(model, nnx.Param, ...)
-    return unflatten({name: variable[...] for name, variable in _named(state)})
+    return unflatten({name: variable.get_value() for name, variable in _named(state)})
 
 
 def update(model: nnx.Module, params: Mapping[str, Any]) -> None:

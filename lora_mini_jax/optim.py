@@ -135,19 +135,29 @@ def scale_by_element_adam(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def forget(tx: optax.GradientTransformation, opt_state: Any, mask: Any) -> Any:
-    """The optimiser's state with everything it keeps per entry set to zero where ``mask`` is True.
+def forget(opt_state: Any, masks: Mapping[str, Any]) -> Any:
+    """The optimiser's state with everything it keeps per entry set to zero where a mask is True.
+
+    What is kept per entry is found by the kernels' paths: ``optax.tree.map_params`` would run the
+    user's own functions of the parameters, labels and masks, on a placeholder without any.
 
     Args:
-        tx: the optimiser, any optax transformation or chain.
-        opt_state: its state.
-        mask: a tree of booleans like the parameters.
+        opt_state: the state of any optax transformation or chain.
+        masks: booleans by kernel, like `Adapter.trainable`.
     """
 
     def afresh(leaf: Any, mask: jax.Array) -> Any:
         return jnp.where(mask, 0, leaf) if _by_entry(leaf, mask) else leaf
 
-    return optax.tree.map_params(tx, afresh, opt_state, mask, is_leaf=_left_out)
+    def of_kernels(node: Any) -> bool:
+        return isinstance(node, Mapping) and node.keys() == masks.keys()
+
+    def each(node: Any) -> Any:
+        if not of_kernels(node):
+            return node
+        return jax.tree.map(afresh, node, masks, is_leaf=lambda leaf: not isinstance(leaf, Mapping))
+
+    return jax.tree.map(each, opt_state, is_leaf=of_kernels)
 
 
 def _left_out(leaf: Any) -> bool:
@@ -158,7 +168,7 @@ def _left_out(leaf: Any) -> bool:
 def _by_entry(leaf: Any, mask: jax.Array) -> bool:
     """Whether a state's leaf has a number for every entry; a kernel that never starts afresh has
     one counter for all."""
-    return not _left_out(leaf) and leaf.shape == mask.shape
+    return not _left_out(leaf) and getattr(leaf, "shape", None) == mask.shape
 
 
 def scale_leaves(factors: Mapping[str, float]) -> optax.GradientTransformation:

@@ -53,13 +53,23 @@ def plan(
         modules_to_save: parameters trained whole beside the method: a head, norms, biases.
 
     Raises:
-        UserError: a pattern that matches none of the targets, a field the method does not have,
-            or kernels the method cannot adapt: all of them in one message.
+        UserError: targets that are none, a pattern that matches none of the targets, a field the
+            method does not have, or kernels it cannot adapt: all of them in one message.
     """
     if not isinstance(method, Method):
         raise UserError(f"{method!r} is no method: give one with its settings, LoRA(rank=8)")
-    targets, overrides = tuple(targets), overrides or {}
-    for pattern in overrides:
+    targets, modules_to_save, overrides = tuple(targets), tuple(modules_to_save), overrides or {}
+    for given in (*targets, *modules_to_save):
+        if not isinstance(given, Target):
+            raise UserError(f"{given!r} is no target: choose some of linen.targets(model, params, "
+                            "x) by select(targets, names), and modules_to_save by "
+                            "select(parameters(params, targets), names)")  # fmt: skip
+    if not isinstance(overrides, Mapping):
+        raise UserError(f"overrides are {overrides!r}: give them as {{'mlp': {{'rank': 4}}}}")
+    for pattern, settings in overrides.items():
+        if not isinstance(settings, Mapping):
+            raise UserError(f"override {pattern!r} is {settings!r}: give the settings that differ "
+                            "by name, {'rank': 4}")  # fmt: skip
         if not any(matches(t, pattern) for t in targets):
             raise UserError(f"override {pattern!r} matches no kernel; {listing(targets)}")
     sites = []

@@ -24,6 +24,8 @@ from jax.custom_derivatives import SymbolicZero
 from lora_mini_jax.hardware import device
 
 Array = jax.Array
+MANY = 2**20
+"""How many rows are reckoned with where `jax.export` leaves their number open."""
 
 
 @jax.custom_jvp
@@ -90,6 +92,7 @@ def _cheapest(x: Array, chain: Sequence[Array]) -> Array:
     matrices = [each.shape for each in chain if each.ndim == 2]
     if len(matrices) > 1:
         rows = math.prod(x.shape[:-1])
+        rows = rows if isinstance(rows, int) else MANY
         n_in, n_out = matrices[0][0], matrices[-1][1]
         in_turn = rows * sum(k * m for k, m in matrices)
         at_once = n_in * sum(k * m for k, m in matrices[1:]) + rows * n_in * n_out

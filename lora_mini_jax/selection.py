@@ -39,7 +39,8 @@ def select(
         exclude: a regular expression or a list of names, in the same sense.
 
     Raises:
-        UserError: a pattern or name that matches nothing, listing the kernels there are.
+        UserError: a pattern or name that matches nothing, listing the kernels there are; no
+            target at all.
 
     Example:
         >>> up, down = Target("up/kernel", (8, 32)), Target("down/kernel", (32, 8))
@@ -47,6 +48,9 @@ def select(
         ['up/kernel']
     """
     targets = tuple(targets)
+    if not targets:
+        raise UserError("no kernel to choose from was given: the model has none of a known layer, "
+                        "or `rules` have to say which they are")  # fmt: skip
     if not include:
         raise UserError(f"include is {include!r}: give a pattern, names or one of "
                         f"{', '.join(map(repr, PRESETS))}; {listing(targets)}")  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_mini_jax.adapter import Adapter, draw
+from lora_mini_jax.adapter import Adapter, check_adapter, draw
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import new_folder, read_json, write_text, writing
 from lora_mini_jax.method import Factors
@@ -46,7 +46,8 @@ def save(
         task: what it was trained for, as JSON; kept for `record_of`.
 
     Raises:
-        UserError: a disk that is full, a folder that cannot be written or holds something else.
+        UserError: a disk that is full, a folder that cannot be written or holds something else;
+            something else in the adapter's place.
 
     Example:
         >>> import tempfile
@@ -60,6 +61,7 @@ def save(
     """
     from safetensors.numpy import save_file
 
+    check_adapter(adapter)
     stored = _stored(adapter, store_outer)
     tensors = {f"{group}/{path}": on_host(leaf) for group in GROUPS
                for path, leaf in by_name(stored[group]).items()}  # fmt: skip
@@ -173,6 +175,12 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is damaged ({error}): copy or save the adapter again") from None
 
 
+def _fits(group: str, expected: Any, tensor: np.ndarray) -> bool:
+    """Whether a leaf may have its dtype: trained ones may have been made narrower, or wider."""
+    real = group == "trainable" and jnp.issubdtype(tensor.dtype, jnp.floating)
+    return real or expected.dtype == tensor.dtype
+
+
 def _fill(drawn: Adapter, tensors: dict[str, np.ndarray], digests: dict, folder: Path) -> Adapter:
     """The drawn adapter with the leaves of the file in their places; every misfit in one error.
 
@@ -183,7 +191,7 @@ def _fill(drawn: Adapter, tensors: dict[str, np.ndarray], digests: dict, folder:
     for name, tensor in tensors.items():
         group, _, path = name.partition("/")
         expected = groups.get(group, {}).get(path)
-        if expected is None or expected.shape != tensor.shape or expected.dtype != tensor.dtype:
+        if expected is None or expected.shape != tensor.shape or not _fits(group, expected, tensor):
             want = "nothing" if expected is None else f"{expected.shape} {expected.dtype}"
             wrong.append(f"{name} is {tensor.shape} {tensor.dtype}, expected {want}")
         else:

@@ -114,7 +114,7 @@ def make_train_step(
 
     Raises:
         UserError: ``parts`` that are not a whole number from 1; from the step, a batch that cannot
-            be taken in so many.
+            be taken in so many, or a loss that is no number.
 
     Example:
         >>> import flax.linen as nn
@@ -205,4 +205,4 @@ def _updated(
     updates, opt_state = update(zero(grads), opt_state, adapter.trainable, **extra)
     trainable: Any = optax.apply_updates(adapter.trainable, zero(updates))
     after, reset = moves.step(adapter.with_trainable(trainable), grads, t, key)
-    return after, opt_state if reset is None else forget(tx, opt_state, reset)
+    return after, opt_state if reset is None else forget(opt_state, reset)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.adapter import Adapter, check_adapter
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.tree import check_fit, flatten, matrices, over_lead, unflatten
 
@@ -19,7 +19,8 @@ def merge(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     lose a small update, so keep float32 parameters, or merge at the very end.
 
     Raises:
-        UserError: an adapted kernel that ``params`` does not have, or in another shape.
+        UserError: an adapted kernel that ``params`` does not have, or in another shape; something
+            else in the adapter's place.
 
     Example:
         >>> import jax.numpy as jnp
@@ -65,6 +66,7 @@ def join(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
         >>> list(tree["up"]), list(tree["up"]["kernel_adapter"]["trainable"])
         (['kernel', 'kernel_adapter'], ['A', 'B'])
     """
+    check_adapter(adapter)
     check_fit(params, [site.target for site in adapter.sites])
     flat = flatten(params)
     for site in adapter.sites:
@@ -106,6 +108,7 @@ def split(tree: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, Any], Ad
 def _change(
     params: Mapping[str, Any], adapter: Adapter, choose: Callable[[Method], Callable]
 ) -> dict[str, Any]:
+    check_adapter(adapter)
     kernels, flat = matrices(params, [s.target for s in adapter.sites]), flatten(params)
     factors = adapter.factors()
     for site in adapter.sites:

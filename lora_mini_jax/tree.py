@@ -89,16 +89,18 @@ def parameters(params: Mapping[str, Any], kernels: Iterable[Target]) -> tuple[Ta
 
     For methods that can train any array, `Full` above all; the order is that of ``params``.
 
+    Raises:
+        UserError: parameters that are boxed with their partitioning.
+
     Example:
         >>> up = Target("up/kernel", (8, 32))
         >>> params = {"up": {"kernel": jnp.ones((8, 32)), "bias": jnp.ones(32)}}
         >>> [(t.path, t.kind) for t in parameters(params, [up])]
         [('up/kernel', 'linear'), ('up/bias', 'array')]
     """
-    known = {target.path: target for target in kernels}
-    return tuple(
-        known.get(path) or _array(path, tuple(leaf.shape)) for path, leaf in flatten(params).items()
-    )
+    known, flat = {target.path: target for target in kernels}, flatten(params)
+    check_unboxed(flat)
+    return tuple(known.get(path) or _array(path, tuple(leaf.shape)) for path, leaf in flat.items())
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -316,6 +316,21 @@ def test_works_under_the_users_jit_grad_and_vmap(case: Case):
 
 
 @every_case
+def test_a_call_is_exported_with_any_number_of_rows(case: Case):
+    kernel = jax.random.normal(jax.random.key(1), (16, 16))
+    method, lead = case.method, jax.random.key(0)
+    factors = {name: leaf for group in method.init(lead, kernel) for name, leaf in group.items()}
+    factors = method.relate({"up/kernel": factors})["up/kernel"]
+    call = jax.jit(lambda x: method.delta(x, kernel, factors))
+    rows = jax.ShapeDtypeStruct(jax.export.symbolic_shape("rows, 16"), jnp.float32)
+    exported = jax.export.export(call)(rows)
+    assert call(jnp.ones((0, 16))).shape == (0, 16)
+    for n in (1, 5):
+        x = jnp.ones((n, 16))
+        close(exported.call(x), call(x))
+
+
+@every_case
 def test_bfloat16_kernels_are_merged_in_float32_then_cast(case: Case):
     """Merged in bfloat16, about a quarter of the entries would be rounded another way."""
     at = setup()

@@ -23,7 +23,8 @@ from lora_mini_jax import (
     select,
     sharding,
 )
-from lora_mini_jax.tree import Target
+from lora_mini_jax.methods import Full
+from lora_mini_jax.tree import Target, parameters
 from tests.cases import cross_entropy, draws, random_params, randomised
 
 METHOD = LoRA(rank=1, alpha=2.0)
@@ -227,6 +228,26 @@ def test_other_collections_and_random_streams_pass_through():
     assert set(new) == {"batch_stats"}
 
 
+@pytest.mark.parametrize("mutable", [True, "params", ["params", "batch_stats"]])
+def test_parameters_come_back_as_they_were_given(mutable: Any):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=mutable == "params")(nn.Dense(5)(x))
+
+    variables = Net().init(jax.random.key(0), X)
+    params, rest = variables["params"], {"batch_stats": variables["batch_stats"]}
+    targets = linen.targets(Net(), params, X, variables=rest, mutable=True)
+    for method in (METHOD, Full()):
+        adapter = randomised(init(params, method, targets), 0.5)
+        y, new = linen.adapt(Net())(params, adapter, X, variables=rest, mutable=mutable)
+        whole = {"params": merge(params, adapter), **rest}
+        wanted, other = Net().apply(whole, X, mutable=mutable)
+        agree(y, wanted)
+        assert set(new) == set(other)
+        jax.tree.map(agree, new, {**other, "params": params})
+
+
 def test_another_method_of_the_model_can_be_called():
     class Net(nn.Module):
         def setup(self):
@@ -373,6 +394,8 @@ def test_partitioned_parameters_say_what_to_do():
     params = model.init(jax.random.key(0), X)["params"]
     with pytest.raises(UserError, match="unbox"):
         linen.targets(model, params, X)
+    with pytest.raises(UserError, match="unbox"):
+        parameters(params, [])
     plain = nn.meta.unbox(params)
     assert linen.targets(model, plain, X)
 
@@ -429,6 +452,13 @@ def test_a_pattern_that_matches_nothing_lists_the_kernels():
     assert "'qproj'" in str(caught.value)
     assert "'q_proj'" not in str(caught.value)
     assert all(path in str(caught.value) for path in PATHS)
+
+
+def test_a_model_without_a_known_layer_says_so():
+    model = nn.Conv(4, (1,))
+    targets = linen.targets(model, random_params(model, X), X)
+    with pytest.raises(UserError, match="none of a known layer, or `rules`"):
+        select(targets)
 
 
 def test_overrides_change_the_kernels_they_name():

@@ -318,6 +318,15 @@ def test_parameters_that_do_not_fit_are_not_written() -> None:
     jax.tree.map(np.testing.assert_array_equal, front.parameters(model), before)
 
 
+def test_a_model_of_shapes_alone_is_planned_with() -> None:
+    model = nnx.eval_shape(lambda: nnx.Linear(WIDTH, 4, rngs=nnx.Rngs(0)))
+    params, x = front.parameters(model), jnp.ones((1, WIDTH))
+    assert params["kernel"] == jax.ShapeDtypeStruct((WIDTH, 4), jnp.float32)
+    targets = front.targets(model, x)
+    adapter = jax.eval_shape(lambda params: init(params, LoRA(rank=2), targets), params)
+    assert adapter.trainable["kernel"]["A"].shape == (WIDTH, 2)
+
+
 def test_what_a_call_never_used_is_named() -> None:
     class Idle(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:

@@ -210,11 +210,24 @@ def test_the_step_takes_no_array_of_the_callers(noisy):
     assert not any(x.is_deleted() for x in jax.tree.leaves((ADAPTER, PARAMS)))
 
 
+def only_a(tree: Any) -> Any:
+    return {path: {name: name == "A" for name in leaves} for path, leaves in tree.items()}
+
+
 OPTIMISERS: dict[str, Any] = {
     "one for each leaf": optax.partition(
         {"A": optax.adam(1e-2), "B": optax.chain(scale_by_element_adam(), optax.scale(-1e-2))},
         lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key, tree),
     ),
+    "one for each kernel, named by hand": optax.partition(
+        {"layers_0": optax.adam(1e-2), "layers_2": optax.adam(1e-3)},
+        lambda tree: {path: path.partition("/")[0] for path in tree},
+    ),
+    "named beforehand": optax.partition(
+        {"some": optax.adam(1e-2)}, {f"layers_{i}/kernel": "some" for i in (0, 2)}
+    ),
+    "decays some": optax.adamw(1e-2, mask=only_a),
+    "keeps numbers by row and column": optax.sm3(1e-2),
     "keeps where it started": optax.contrib.prodigy(1e-2),
     "asks for the loss": optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()),
 }
@@ -243,6 +256,58 @@ def test_any_optimiser_goes_with_methods_that_start_afresh(method: Any, tx: Any)
     assert np.isfinite(metrics.loss)
     assert changed(adapter.trainable, state.adapter.trainable)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(adapter))
+
+
+def test_a_partitioned_optimiser_forgets_as_an_undivided_one():
+    label = lambda tree: {path: path.partition("/")[0] for path in tree}  # noqa: E731
+    whole: Any = optax.adam(1e-2)
+    apart: Any = optax.partition(dict.fromkeys(("layers_0", "layers_2"), whole), label)
+    trained = []
+    for tx in (whole, apart):
+        step = make_train_step(loss_fn, tx)
+        state = TrainState.create(init(PARAMS, AFRESH[1], linen.targets(MODEL, PARAMS, X)), tx)
+        for _ in range(5):
+            state, _ = step(state, PARAMS, (X, Y))
+        trained.append(state.adapter.trainable)
+    assert not changed(*trained)
+
+
+@pytest.mark.parametrize("method", AFRESH, ids=lambda method: method.name)
+def test_no_leaf_changes_its_dtype_with_64_bits(method: Any):
+    with jax.enable_x64(True):
+        wide, x, y = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (PARAMS, X, Y))
+        tx = optax.adam(1e-2)
+        state = TrainState.create(init(wide, method, linen.targets(MODEL, wide, x)), tx)
+        before, step = jax.tree.map(lambda leaf: leaf.dtype, state), make_train_step(loss_fn, tx)
+        for _ in range(2):
+            state, _ = step(state, wide, (x, y))
+        assert jax.tree.map(lambda leaf: leaf.dtype, state) == before
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_trained_leaves_may_be_in_bfloat16(parts: int):
+    small = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), ADAPTER.trainable)
+    tx = optax.adam(1e-2)
+    state = TrainState.create(ADAPTER.with_trainable(small), tx)
+    before, step = (
+        jax.tree.map(lambda leaf: leaf.dtype, state),
+        make_train_step(loss_fn, tx, parts=parts),
+    )
+    state, _ = step(state, PARAMS, (X, Y))
+    assert jax.tree.map(lambda leaf: leaf.dtype, state) == before
+    assert changed(small, state.adapter.trainable)
+
+
+@pytest.mark.parametrize(("has_aux", "gives", "said"), [
+    (False, lambda loss: loss[None], r"an array \(1,\): return one number"),
+    (False, lambda loss: (loss, 1.0), "several values: .* has_aux=True"),
+    (True, lambda loss: loss, "no pair"),
+])  # fmt: skip
+def test_a_loss_that_is_no_number_is_one_line(has_aux: bool, gives: Any, said: str):
+    tx = optax.sgd(0.1)
+    step = make_train_step(lambda *args: gives(loss_fn(*args)), tx, has_aux=has_aux)
+    with pytest.raises(UserError, match=said):
+        step(TrainState.create(ADAPTER, tx), PARAMS, (X, Y))
 
 
 def tree(**leaves: Any) -> Any:
@@ -277,7 +342,7 @@ def test_forgotten_entries_take_the_first_step_of_a_new_run_and_held_ones_wait()
         _, state = update(g, state)
     afresh = {"up": {"A": jnp.array([[True, False], [False, False]])},
               "down": {"A": jnp.zeros(3, bool)}}  # fmt: skip
-    state = forget(tx, state, afresh)
+    state = forget(state, afresh)
     held = {"up": {"A": jnp.array([[True, False], [True, False]])},
             "down": {"A": jnp.zeros(3, bool)}}  # fmt: skip
     before = state

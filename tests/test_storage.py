@@ -92,6 +92,17 @@ def test_loading_gives_the_saved_bits(tmp_path, outer_init: Any, store_outer: bo
     assert same_bits(loaded, adapter)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_trained_leaves_come_back_in_the_dtype_they_were_saved_in(tmp_path, dtype: str):
+    with jax.enable_x64(True):
+        adapter = make()
+        changed = jax.tree.map(lambda leaf: leaf.astype(dtype), adapter.trainable)
+        save(tmp_path / "it", adapter.with_trainable(changed), PARAMS)
+        loaded = load(tmp_path / "it", PARAMS).trainable
+        assert same_bits(loaded, changed)
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(loaded)} == {dtype}
+
+
 def test_a_saved_adapter_is_small_and_holds_no_outer_factors(folder, full):
     names = load_file(folder / "adapter.safetensors")
     assert sorted(names) == [f"trainable/{t.path}/{n}" for t in TARGETS[::-1] for n in "AB"]
@@ -197,7 +208,7 @@ def test_tensors_that_do_not_fit(folder):
     whole = (folder / "adapter.safetensors").read_bytes()
     changes: dict[str, Callable[[dict], Any]] = {
         "(1, 2)": lambda t: t.update({a: np.zeros((1, 2), np.float32)}),
-        "float64": lambda t: t.update({a: t[a].astype(np.float64)}),
+        "int32": lambda t: t.update({a: t[a].astype(np.int32)}),
         f"{b} is missing": lambda t: t.pop(b),
         "trainable/up/kernel/C": lambda t: t.update({"trainable/up/kernel/C": t[a]}),
         "elsewhere": lambda t: t.update({"elsewhere": t[a]}),

@@ -16,6 +16,7 @@ from lora_mini_jax import (
     UserError,
     count,
     init,
+    join,
     linen,
     load,
     make_train_step,
@@ -123,12 +124,33 @@ def test_what_cannot_be_adapted_is_refused_naming_the_kernels():
         init(counts, Full(), up)
     with pytest.raises(UserError, match=r"LoRA'> is no method: give one .* LoRA\(rank=8\)"):
         init(PARAMS, LoRA, up)  # ty: ignore[invalid-argument-type]
-    with pytest.raises(UserError, match=r"a dict is no adapter: call apply\(params, adapter"):
-        linen.adapt(MODEL)(init(PARAMS, LoRA(rank=2), up), PARAMS)
+    names: Any = ["up"]
+    with pytest.raises(UserError, match=r"'up' is no target: .* select\(targets, names\)"):
+        init(PARAMS, LoRA(rank=2), names)
+    with pytest.raises(UserError, match=r"'up' is no target: .* select\(parameters\("):
+        init(PARAMS, LoRA(rank=2), up, modules_to_save=names)
     with pytest.raises(UserError, match=r"a random key is a seed .* not None"):
         init(PARAMS, LoRA(rank=2), up, None)  # ty: ignore[invalid-argument-type]
     with pytest.raises(UserError, match="'head-only' matches no kernel"):
         select([t for t in EVERY if "classifier" not in t.path], "head-only")
+
+
+@pytest.mark.parametrize("overrides", [["up"], {"up": 3}, {"up": LoRA(rank=1)}])
+def test_overrides_are_settings_by_pattern(overrides: Any):
+    with pytest.raises(UserError, match=r"override.*rank': 4"):
+        init(PARAMS, LoRA(rank=2), select(EVERY, ["up/kernel"]), overrides=overrides)
+
+
+def test_something_else_in_an_adapters_place_is_one_line(tmp_path):
+    adapter = init(PARAMS, LoRA(rank=2), select(EVERY, ["up/kernel"]))
+    folder, state = tmp_path / "adapter", TrainState.create(adapter, optax.sgd(0.1))
+    calls: list[Any] = [linen.adapt(MODEL), merge, unmerge, join]
+    calls.append(lambda params, other: save(folder, other, params))
+    for given in ((adapter, PARAMS), (PARAMS, state)):
+        for call in calls:
+            with pytest.raises(UserError, match=f"a {type(given[1]).__name__} is no adapter"):
+                call(*given)
+    assert not folder.exists()
 
 
 SEEDS: tuple[Any, ...] = (3, np.int64(3))

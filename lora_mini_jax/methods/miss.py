@@ -120,7 +120,7 @@ class MiSS(Method):
 def _blocksum(x: jax.Array, rank: int) -> jax.Array:
     """``(..., in)`` to ``(..., rank)``: the sums of every ``rank``-th entry, added in float32."""
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % rank)])
-    shards = x.reshape(*x.shape[:-1], -1, rank)
+    shards = x.reshape(*x.shape[:-1], x.shape[-1] // rank, rank)
     return shards.sum(-2, dtype=jnp.float32).astype(x.dtype)
 
 
