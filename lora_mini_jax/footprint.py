@@ -66,7 +66,6 @@ def footprint(
     batch: Any,
     mesh: Mesh,
     *,
-    rules: sharding.Rules | None = None,
     has_aux: bool = False,
     parts: int = 1,
 ) -> Footprint:
@@ -83,11 +82,10 @@ def footprint(
         params: the shapes and dtypes of the base parameters.
         batch: those of one batch, over all devices.
         mesh: as from `sharding.make_mesh`.
-        rules: as for `sharding.of_params`.
     """
-    params = placed(params, sharding.of_params(mesh, params, targets, rules))
+    params = placed(params, sharding.of_params(mesh, params, targets))
     state = jax.eval_shape(lambda p: TrainState.create(draw(p, sites, 0), tx), params)
-    state = placed(state, _of_state(mesh, state, tx, rules))
+    state = placed(state, _of_state(mesh, state, tx))
     batch = placed(batch, jax.tree.map(lambda _: sharding.of_batch(mesh), batch))
     step = make_train_step(loss_fn, tx, has_aux=has_aux, parts=parts, like=state)
     with compiling_for(mesh.devices.flat[0]):
@@ -124,12 +122,10 @@ def _on_cpu(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def _of_state(
-    mesh: Mesh, state: TrainState, tx: optax.GradientTransformation, rules: sharding.Rules | None
-) -> TrainState:
+def _of_state(mesh: Mesh, state: TrainState, tx: optax.GradientTransformation) -> TrainState:
     """Where a state that starts on the mesh has its leaves: the optimiser's are as the trained."""
     whole = NamedSharding(mesh, PartitionSpec())
-    adapter = sharding.of_adapter(mesh, state.adapter, rules)
+    adapter = sharding.of_adapter(mesh, state.adapter)
 
     def like(leaf: Any, trained: Any, of: NamedSharding) -> NamedSharding:
         return of if leaf.shape == trained.shape else whole

@@ -109,6 +109,26 @@ def test_a_mistake_with_a_t5_is_one_line(place, capsys):
     assert "prompt_field and completion_field" in said
 
 
+# Chats
+
+
+def test_a_message_goes_through_the_chat_template_and_is_answered_alone(place, capsys):
+    folder = write_model(place / "chatty")
+    words = ["generate", "chatty", "--max-new-tokens", "6"]
+    argv = ["generate", "--model", folder, "--prompt", "red", "--chat"]
+    assert "no chat template" in refused(capsys, *argv)
+    template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}{% endfor %}"
+    answer = "{% if add_generation_prompt %}|{% endif %}"
+    (folder / "chat_template.jinja").write_text(template + answer)
+    run(place, *words, "--prompt", "red", "--chat")
+    said = capsys.readouterr().out
+    run(place, *words, "--prompt", "user: red|")  # which bos comes before
+    assert capsys.readouterr().out == "user: red|" + said
+    assert "--chat is for decoders" in refused(
+        capsys, "generate", "--model", place / "t5", "--prompt", "red", "--chat"
+    )
+
+
 # Inspect
 
 

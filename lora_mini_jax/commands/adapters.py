@@ -1,14 +1,15 @@
 """The commands that use a trained adapter: continue or answer prompts, merge, export."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 
 from lora_mini_jax import peft, storage
 from lora_mini_jax.adapter import Adapter
-from lora_mini_jax.data import Tokenizer, load_tokenizer
+from lora_mini_jax.data import load_tokenizer
 from lora_mini_jax.data.pairs import source_ids
+from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import check_replaceable
 from lora_mini_jax.generation.generate import generate
 from lora_mini_jax.models import load
@@ -17,12 +18,11 @@ from lora_mini_jax.models.hub import load_module, resolve
 from lora_mini_jax.models.t5 import T5
 from lora_mini_jax.options import Export, Generate, Merge
 from lora_mini_jax.peft import config, tensors
-from lora_mini_jax.runs.finetune import Log
 from lora_mini_jax.tasks.head import base_of, head_of, load_for
 from lora_mini_jax.transform import merge
 
 
-def run_generate(options: Generate, say: Log = print) -> list[str]:
+def run_generate(options: Generate, say: Callable[[str], None] = print) -> list[str]:
     """Continue each prompt and say it, or say what a T5 answers; returns what the model wrote.
 
     Raises:
@@ -37,7 +37,12 @@ def run_generate(options: Generate, say: Log = print) -> list[str]:
     if options.adapter is not None:
         allow = options.allow_different_base
         adapter = storage.load(options.adapter, params, allow_different_base=allow)
-    prompts = (source_ids if answers else _prompt_ids)(tokenizer, options.prompt)
+    if answers and options.chat:
+        raise UserError(
+            "--chat is for decoders with a chat template, and a T5 has none: leave it out"
+        )
+    ids = tokenizer.chat_prompt if options.chat else tokenizer.prompt
+    prompts = source_ids(tokenizer, options.prompt) if answers else list(map(ids, options.prompt))
     written = generate(
         model,
         params,
@@ -53,17 +58,11 @@ def run_generate(options: Generate, say: Log = print) -> list[str]:
         for prompt, ids in zip(prompts, written, strict=True)
     ]
     for prompt, text in zip(options.prompt, texts, strict=True):
-        say(text if answers else prompt + text)
+        say(text if answers or options.chat else prompt + text)
     return texts
 
 
-def _prompt_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text as a decoder continues it."""
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return [start + tokenizer.encode(text) for text in texts]
-
-
-def run_merge(options: Merge, say: Log = print) -> None:
+def run_merge(options: Merge, say: Callable[[str], None] = print) -> None:
     """Write the merged model in Hugging Face layout.
 
     Raises:
@@ -79,7 +78,7 @@ def run_merge(options: Merge, say: Log = print) -> None:
     say(f"merged model: {options.output_dir}")
 
 
-def run_export(options: Export, say: Log = print) -> None:
+def run_export(options: Export, say: Callable[[str], None] = print) -> None:
     """Write the adapter as PEFT's.
 
     Raises:

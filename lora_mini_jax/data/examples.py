@@ -168,12 +168,11 @@ def _completions(
     prompts: list[str] | None, completions: list[str], tokenizer: Tokenizer
 ) -> list[Example]:
     """Examples of the first two forms: a text is a completion that has no prompt."""
-    opening = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     closing = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     before = [[]] * len(completions) if prompts is None else tokenizer.encode_batch(prompts)
     examples = []
     for prompt, completion in zip(before, tokenizer.encode_batch(completions), strict=True):
-        given = opening + prompt
+        given = tokenizer.opening + prompt
         answer = completion + closing
         examples.append(_example(given + answer, [False] * len(given) + [True] * len(answer)))
     return examples

@@ -37,6 +37,25 @@ class Tokenizer:
         """The ids of ``text``; no bos or eos is added."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
+    def prompt(self, text: str) -> list[int]:
+        """The ids that a decoder continues after ``text``: as in training, bos comes first where
+        the tokenizer has it."""
+        return [*self.opening, *self.encode(text)]
+
+    def chat_prompt(self, text: str) -> list[int]:
+        """The ids of one message of a user's, up to where the assistant begins to answer.
+
+        Raises:
+            UserError: as `apply_chat_template`.
+        """
+        message: Message = {"role": "user", "content": text}
+        return self.encode(self.apply_chat_template([message], add_generation_prompt=True))
+
+    @property
+    def opening(self) -> list[int]:
+        """What opens a document: bos, or nothing."""
+        return [] if self.bos_id is None else [self.bos_id]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of each text, on all cores."""
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)

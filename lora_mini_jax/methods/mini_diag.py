@@ -1,6 +1,6 @@
 """LoRA-Mini with a diagonal in the middle: our own, for the fewest trained parameters."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from lora_mini_jax import outer
 from lora_mini_jax.checks import require_choice, require_number
 from lora_mini_jax.low_rank import Product
-from lora_mini_jax.method import Factors, Method
+from lora_mini_jax.method import Factors
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,6 @@ class LoRAMiniDiag(Product):
 
     def n_trainable(self, n_in: int, n_out: int) -> int:
         return self.rank
-
-    def sized(self, size: int, n_in: int, n_out: int) -> Method:
-        return replace(self, rank=min(size, n_in, n_out))
 
     @property
     def gradient_rank(self) -> int:

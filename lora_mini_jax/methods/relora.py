@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.checks import require_whole
-from lora_mini_jax.draws import fold_path, uniform
+from lora_mini_jax.draws import fold_path, split_key, uniform
 from lora_mini_jax.low_rank import LowRank
 from lora_mini_jax.method import Factors, Kernels, Schedule, Stepped
 from lora_mini_jax.tree import over_lead
@@ -80,7 +80,7 @@ class ReLoRA(LowRank):
         for path, factors in kernels.items():
             own = fold_path(key, path)
             lead = factors["A"].shape[:-2]
-            keys = jax.random.split(own, lead) if lead else own
+            keys = split_key(own, lead)
             restart = over_lead(self._restart, len(lead))
             after = jax.lax.cond(due, restart, lambda _, factors: factors, keys, factors)
             stepped.trainable[path] = {"A": after["A"], "B": after["B"]}

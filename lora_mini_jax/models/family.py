@@ -36,7 +36,6 @@ class Family:
         architectures: the names in ``config.json`` that it serves.
         prefix: what the names in files begin with.
         bare: the top modules whose names have no prefix: heads.
-        renamed: names of leaves that are not the usual ones, by the end of their path.
         keeps_layout: whether linear kernels, those of ``bare`` modules apart, are stored
             (in, out), as GPT-2's are; torch's own way is (out, in).
         copies: tensors that a file may hold though the model ties them, with what they must equal.
@@ -58,7 +57,6 @@ class Family:
     architectures: tuple[str, ...]
     prefix: str = "model."
     bare: tuple[str, ...] = ("lm_head",)
-    renamed: Mapping[str, str] = field(default_factory=dict)
     keeps_layout: bool = False
     copies: Mapping[str, str] = field(default_factory=dict)
     ignored: str = r"rotary_emb\.inv_freq$"
@@ -84,8 +82,7 @@ class Family:
             >>> FAMILY.names(("layers", "input_layernorm", "scale"), layers=2)
             ['model.layers.0.input_layernorm.weight', 'model.layers.1.input_layernorm.weight']
         """
-        ending = "/".join(path[-2:])
-        leaf = self.renamed.get(ending, _LEAVES.get(path[-1], path[-1]))
+        leaf = _LEAVES.get(path[-1], path[-1])
         prefix = "" if path[0] in self.bare else self.prefix
         lists = "|".join((self.stack, *self.lists))
         modules = "/".join(path[:-1])

@@ -59,6 +59,9 @@ class Generate:
     without an adapter the model in the package."""
     adapter: str | None = None
     """An adapter folder, such as runs/finetune/adapter."""
+    chat: bool = False
+    """Each prompt is a user's message, put through the model's chat template; the answers alone are
+    printed."""
     max_new_tokens: int = 64
     """At most so many tokens are written for each prompt."""
     temperature: float = 0.0

@@ -60,8 +60,7 @@ def compare_report(
     first = {name: seeds[0] for name, seeds in runs.items()}
     summaries = {name: [summary for summary, _ in seeds] for name, seeds in runs.items()}
     one = next(iter(first.values()))[0]
-    # Runs of earlier versions do not say what they are: they are of language.
-    metric, loss = one.get("metric", "loss"), one.get("loss", "loss, nats per token")
+    metric, loss = one["metric"], one["loss"]
     before, quality = one[f"valid_{metric}_before"], MEASURES.get(metric, loss)
     return write_page(
         folder / "report.html",
