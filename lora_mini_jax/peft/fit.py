@@ -131,13 +131,27 @@ def _saved(
                 wrong.append(f"{name} is {tensors.whole[name].shape}, which does not fit {path}")
             else:
                 new[name] = np.asarray(tensor, np.float32)
-                if not due and not np.array_equal(new[name], old[name]):
+                if not due and not _is_copy(tensor, old[name], base[path].dtype):
                     wrong.append(f"{name} is another than the base's, yet not in modules_to_save")
         if due and place.target.kind == "array" and len(place.shape) > 1:
             wrong.append(f"{path} is saved whole but is no kernel among the targets: give them all")
         if due and len(new) == len(place.tensors):
             dense[path] = place.join(new) - place.join(old)
     return dense, wrong
+
+
+def _is_copy(theirs: np.ndarray, ours: np.ndarray, kind: Any) -> bool:
+    """Whether a file has the base's own numbers, whichever of the two was rounded.
+
+    PEFT writes them in the dtype that it trained in, and here they are in the one asked for.
+
+    Args:
+        theirs: the file's tensor, as it is.
+        ours: float32.
+        kind: the dtype that ``ours`` have in the base.
+    """
+    rounded = ours.astype(theirs.dtype)
+    return np.array_equal(theirs, rounded) or np.array_equal(theirs.astype(kind), ours)
 
 
 def _extra(tensors: Tensors, found: Mapping[str, Place]) -> list[str]:
