@@ -411,6 +411,9 @@ def test_stacked_layers_there_and_back(tiny: World, stacked: World, tmp_path: Pa
     from_peft(tiny, tmp_path / "peft", "rslora")
     with pytest.raises(UserError, match="layers/mlp/down_proj/kernel stacks layers of different"):
         load(tmp_path / "peft", stacked.params, stacked.targets)
+    from_peft(tiny, tmp_path / "one", "dora")
+    with pytest.raises(UserError, match="layers/self_attn/v_proj/kernel stacks layers of which"):
+        load(tmp_path / "one", stacked.params, stacked.targets)
 
 
 def dotted(path: str) -> list[str]:

@@ -77,16 +77,18 @@ def _adapted(
     """The sites of a file, and what is wrong with their tensors."""
     sites, wrong = [], []
     for path, place in found.items():
-        there = [module for module in place.modules if module in tensors.adapted]
-        due = place.target.kind != "array" and any(map(given.adapts, place.modules))
-        if place.target.kind == "array" or not (there or due):
+        if place.target.kind == "array":
             continue
-        methods = {module: given.method(module) for module in there or place.modules}
-        if len(set(methods.values())) > 1:
-            wrong.append(f"{path} stacks layers of different ranks or alphas, which need a model "
-                         "that keeps its layers apart (scan_layers=False)")  # fmt: skip
+        own = [m for m in place.modules if m in tensors.adapted or given.adapts(m)]
+        methods = {given.method(module) for module in own}
+        if not own:
             continue
-        method = next(iter(methods.values()))
+        if len(methods) > 1 or len(own) < len(place.modules):
+            how = "different ranks or alphas" if len(methods) > 1 else "which some have no adapter"
+            wrong.append(f"{path} stacks layers of {how}, which need a model that keeps its layers "
+                         "apart (scan_layers=False)")  # fmt: skip
+            continue
+        (method,) = methods
         for module in place.modules:
             wrong += _misfits(tensors, module, method, place)
         sites.append(Site(place.target, method))
