@@ -16,8 +16,10 @@ GENERATION = "generation_config.json"
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     GENERATION, "chat_template.jinja", "added_tokens.json",
-    # Of folders without a tokenizer.json: DeBERTa-v3's has spm.model, BERT's older ones vocab.txt.
-    "tokenizer.model", "spm.model", "spiece.model", "vocab.txt", "vocab.json", "merges.txt",
+    # Of folders without a tokenizer.json: DeBERTa-v3's has spm.model, BERT's older ones vocab.txt,
+    # XLM-R's older ones sentencepiece.bpe.model.
+    "tokenizer.model", "spm.model", "spiece.model", "sentencepiece.bpe.model",
+    "vocab.txt", "vocab.json", "merges.txt",
 )  # fmt: skip
 _DOWNLOADS = ["config.json", "model*.safetensors", "model.safetensors.index.json", *COMPANIONS]
 
