@@ -14,7 +14,7 @@ import pytest
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.generation.generate import generate
 from lora_mini_jax.generation.sampling import pick, sampling
-from lora_mini_jax.models import Llama, LlamaConfig, load
+from lora_mini_jax.models import Llama, LlamaConfig, load, save
 
 SHARED = Path(os.environ.get("LMJ_SHARED", Path(__file__).parents[1] / "../shared"))
 PROMPTS = [[5], [7, 9, 11, 4, 33], [8] * 3 + [21, 22, 23] * 4]
@@ -75,6 +75,22 @@ def test_the_end_token_is_the_configs_by_default(small):
     first = generate(model, params, PROMPTS, max_new_tokens=8, eos_id=())[2][0]
     config = LlamaConfig(**SHAPE, eos_token_id=(first, 60))
     assert generate(Llama(config), params, PROMPTS, max_new_tokens=8)[2] == []
+
+
+def test_the_end_tokens_of_a_folder_are_those_of_its_generation_config(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+    hf.generation_config.eos_token_id = [2, 60]
+    hf.save_pretrained(tmp_path / "chat")
+    model, params = load(tmp_path / "chat")
+    assert model.config.eos_token_id == (2, 60)
+    save(tmp_path / "again", model, params)  # which writes no such file
+    assert load(tmp_path / "again")[0] == model
+    for wrong in ("two", [2, -1], [[2]]):
+        text = json.dumps({"eos_token_id": wrong})
+        (tmp_path / "chat/generation_config.json").write_text(text)
+        with pytest.raises(UserError, match="is no token id; correct it"):
+            load(tmp_path / "chat")
 
 
 def test_a_row_does_not_depend_on_its_neighbours(small):

@@ -381,12 +381,13 @@ def test_save_refuses_what_it_would_spoil(folder, tmp_path):
 
 
 def test_save_copies_the_tokenizer_and_leaves_nothing_behind(folder, tmp_path, monkeypatch):
-    for name in ("tokenizer.json", "chat_template.jinja", "secret.txt"):
+    kept = {"tokenizer.json", "chat_template.jinja", "sentencepiece.bpe.model"}
+    for name in (*kept, "secret.txt"):
         (folder / name).write_text(name)
     model, params = load(folder)
     (tmp_path / "empty").mkdir()
     save(tmp_path / "empty", model, params, tokenizer_from=folder)
-    names = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    names = {"config.json", "model.safetensors", *kept}
     assert {p.name for p in (tmp_path / "empty").iterdir()} == names
 
     def full_disk(*_):

@@ -371,6 +371,32 @@ def test_keys_need_no_prefix_and_may_hold_the_adapter_s_name(tiny: World, tmp_pa
     assert {leaf.dtype for leaf in jax.tree.leaves(adapter.trainable)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_copies_of_the_base_may_be_rounded_there_or_here(tiny: World, home: Path, tmp_path: Path):
+    from_peft(tiny, tmp_path, "lora")
+    base, own = models.load(home, param_dtype=jnp.bfloat16)[1], load_file(tmp_path / TENSORS)
+    assert (
+        load(tmp_path, base, tiny.targets).sites == load(tmp_path, tiny.params, tiny.targets).sites
+    )
+    save_file({k: v.astype(jnp.bfloat16) for k, v in own.items()}, tmp_path / TENSORS)
+    for params in (tiny.params, base):
+        assert load(tmp_path, params, tiny.targets).sites
+    key = next(k for k in own if "base_layer" in k)
+    retensor(tmp_path, lambda found: found | {key: found[key] * 1.01})
+    with pytest.raises(UserError, match="is another than the base's"):
+        load(tmp_path, base, tiny.targets)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_adapter_with_a_name_is_in_a_folder_of_its_own(tiny: World, tmp_path: Path):
+    given = peft.LoraConfig(r=2, target_modules=QV)
+    theirs = peft.get_peft_model(copy.deepcopy(tiny.torch), given, adapter_name="mine")
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"in folders of their own: give {tmp_path}/mine"):
+        load(tmp_path, tiny.params, tiny.targets)
+    assert len(load(tmp_path / "mine", tiny.params, tiny.targets).sites) == 6
+
+
 def test_stacked_layers_there_and_back(tiny: World, stacked: World, tmp_path: Path):
     whole = choose(parameters(stacked.params, stacked.targets), "input_layernorm")
     mini = stacked.adapter(LoRAMini(2, alpha=3.0, a=6, b=5), modules_to_save=whole)
@@ -385,6 +411,9 @@ def test_stacked_layers_there_and_back(tiny: World, stacked: World, tmp_path: Pa
     from_peft(tiny, tmp_path / "peft", "rslora")
     with pytest.raises(UserError, match="layers/mlp/down_proj/kernel stacks layers of different"):
         load(tmp_path / "peft", stacked.params, stacked.targets)
+    from_peft(tiny, tmp_path / "one", "dora")
+    with pytest.raises(UserError, match="layers/self_attn/v_proj/kernel stacks layers of which"):
+        load(tmp_path / "one", stacked.params, stacked.targets)
 
 
 def dotted(path: str) -> list[str]:
@@ -453,6 +482,10 @@ BAD = {
         {"target_modules": 5, "exclude_modules": "(", "modules_to_save": "lm_head",
          "layers_to_transform": "0", "layers_pattern": [5], "use_dora": "no"},
         None,
+    ),
+    "patterns": (
+        r"rank_pattern is \['q_proj'\], no object .*; alpha_pattern is 2, no object",
+        {"rank_pattern": ["q_proj"], "alpha_pattern": 2}, None,
     ),
     "saved names": (r"modules_to_save is \['\('\], no list", {"modules_to_save": ["("]}, None),
     "a list of methods": (r"peft_type \['LORA'\]: supported are", {"peft_type": ["LORA"]}, None),

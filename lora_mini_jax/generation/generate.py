@@ -41,7 +41,8 @@ def generate(
         temperature: 0 takes the likeliest token; above, logits are divided by it and sampled.
         top_p: sample from the smallest set of likeliest tokens whose probability reaches this.
         seed: of the sampling; equal calls give equal text.
-        eos_id: id or ids that end a row; None takes the config's, ``()`` never ends one.
+        eos_id: id or ids that end a row; None takes the config's, which `load` completes from
+            ``generation_config.json``, ``()`` never ends one.
 
     Returns:
         The new tokens of each row, without the prompt and without the end token.

@@ -7,15 +7,19 @@ from typing import Any
 import flax.linen as nn
 
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.models.checks import is_ids
 from lora_mini_jax.models.families import DECODERS, family_of
 from lora_mini_jax.models.family import Family
 from lora_mini_jax.models.shards import read_downloaded
 
+GENERATION = "generation_config.json"
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "generation_config.json", "chat_template.jinja", "added_tokens.json",
-    # Of folders without a tokenizer.json: DeBERTa-v3's has spm.model, BERT's older ones vocab.txt.
-    "tokenizer.model", "spm.model", "spiece.model", "vocab.txt", "vocab.json", "merges.txt",
+    GENERATION, "chat_template.jinja", "added_tokens.json",
+    # Of folders without a tokenizer.json: DeBERTa-v3's has spm.model, BERT's older ones vocab.txt,
+    # XLM-R's older ones sentencepiece.bpe.model.
+    "tokenizer.model", "spm.model", "spiece.model", "sentencepiece.bpe.model",
+    "vocab.txt", "vocab.json", "merges.txt",
 )  # fmt: skip
 _DOWNLOADS = ["config.json", "model*.safetensors", "model.safetensors.index.json", *COMPANIONS]
 
@@ -80,8 +84,13 @@ def _read_config(folder: Path) -> tuple[Family, Any]:
 
 
 def read_hf(folder: Path) -> dict[str, Any]:
-    """What ``config.json`` says, as it is."""
-    file = folder / "config.json"
+    """What ``config.json`` says, with the end tokens of ``generation_config.json`` where it has
+    any: a model that was taught to chat may end its turns by one that only this file names."""
+    file, further = folder / "config.json", folder / GENERATION
     if not file.is_file():
         raise UserError(f"{file} does not exist: give a Hugging Face model folder")
-    return read_downloaded(file)
+    hf = read_downloaded(file)
+    ends = read_downloaded(further).get("eos_token_id") if further.is_file() else None
+    if not is_ids(tuple(ends) if isinstance(ends, list) else ends):
+        raise UserError(f"{further}: eos_token_id={ends!r} is no token id; correct it")
+    return hf if ends is None else hf | {"eos_token_id": ends}

@@ -32,6 +32,8 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("layers_pattern",), lambda v: _each(v, _is_piece), "neither a name nor a list of names"),
     (("use_rslora", "use_dora", "fan_in_fan_out"), lambda v: isinstance(v, bool),
      "neither true nor false"),
+    (("rank_pattern", "alpha_pattern"), lambda v: isinstance(v, dict),
+     "no object of numbers by module"),
 )  # fmt: skip
 """Settings, what each must be where it is no null, and what it is where it is something else."""
 

@@ -131,6 +131,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: a file that is missing or damaged, and settings that are not supported, all in
             one message with those that are.
     """
+    named = sorted(str(file.parent) for file in folder.glob(f"*/{FILE}"))
+    if named and not (folder / FILE).exists():
+        raise UserError(f"no such file: {folder / FILE}: PEFT keeps adapters by name in folders of "
+                        f"their own: give {' or '.join(named)}")  # fmt: skip
     config = read_object(folder / FILE)
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in SETTINGS:

@@ -77,16 +77,18 @@ def _adapted(
     """The sites of a file, and what is wrong with their tensors."""
     sites, wrong = [], []
     for path, place in found.items():
-        there = [module for module in place.modules if module in tensors.adapted]
-        due = place.target.kind != "array" and any(map(given.adapts, place.modules))
-        if place.target.kind == "array" or not (there or due):
+        if place.target.kind == "array":
             continue
-        methods = {module: given.method(module) for module in there or place.modules}
-        if len(set(methods.values())) > 1:
-            wrong.append(f"{path} stacks layers of different ranks or alphas, which need a model "
-                         "that keeps its layers apart (scan_layers=False)")  # fmt: skip
+        own = [m for m in place.modules if m in tensors.adapted or given.adapts(m)]
+        methods = {given.method(module) for module in own}
+        if not own:
             continue
-        method = next(iter(methods.values()))
+        if len(methods) > 1 or len(own) < len(place.modules):
+            how = "different ranks or alphas" if len(methods) > 1 else "which some have no adapter"
+            wrong.append(f"{path} stacks layers of {how}, which need a model that keeps its layers "
+                         "apart (scan_layers=False)")  # fmt: skip
+            continue
+        (method,) = methods
         for module in place.modules:
             wrong += _misfits(tensors, module, method, place)
         sites.append(Site(place.target, method))
@@ -131,13 +133,27 @@ def _saved(
                 wrong.append(f"{name} is {tensors.whole[name].shape}, which does not fit {path}")
             else:
                 new[name] = np.asarray(tensor, np.float32)
-                if not due and not np.array_equal(new[name], old[name]):
+                if not due and not _is_copy(tensor, old[name], base[path].dtype):
                     wrong.append(f"{name} is another than the base's, yet not in modules_to_save")
         if due and place.target.kind == "array" and len(place.shape) > 1:
             wrong.append(f"{path} is saved whole but is no kernel among the targets: give them all")
         if due and len(new) == len(place.tensors):
             dense[path] = place.join(new) - place.join(old)
     return dense, wrong
+
+
+def _is_copy(theirs: np.ndarray, ours: np.ndarray, kind: Any) -> bool:
+    """Whether a file has the base's own numbers, whichever of the two was rounded.
+
+    PEFT writes them in the dtype that it trained in, and here they are in the one asked for.
+
+    Args:
+        theirs: the file's tensor, as it is.
+        ours: float32.
+        kind: the dtype that ``ours`` have in the base.
+    """
+    rounded = ours.astype(theirs.dtype)
+    return np.array_equal(theirs, rounded) or np.array_equal(theirs.astype(kind), ours)
 
 
 def _extra(tensors: Tensors, found: Mapping[str, Place]) -> list[str]:
