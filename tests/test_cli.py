@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import jax.numpy as jnp
 import pytest
@@ -37,13 +38,19 @@ def refused(capsys, *argv) -> str:
     return said[0]
 
 
-def test_help_needs_no_jax():
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_help_and_version_need_no_jax(word):
     code = (
         "import sys, lora_mini_jax.cli as cli\n"
-        "try: cli.main(['--help'])\nfinally: assert 'jax' not in sys.modules"
+        f"try: cli.main(['{word}'])\nfinally: assert 'jax' not in sys.modules"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "finetune" in out.stdout
+    if word == "--version":
+        assert out.stdout == f"lora-mini {version('lora-mini-jax')}\n"
+    else:
+        said = " ".join(out.stdout.split())
+        assert "with small adapters. Start with `lora-mini demo`, or" in said
+        assert said.index("lora-mini --version") < said.index("finetune Fine-tune")
 
 
 def test_options_beside_a_config_file_win(place):

@@ -270,5 +270,7 @@ def test_help_shows_no_path_of_this_machine(capsys):
             main([command, "--help"])
         said = " ".join(capsys.readouterr().out.replace("│", "").split())
         assert "lora_mini_jax/base" not in said
-        bases = "--model STR" in said or command in ("generate", "pretrain")
-        assert ("the model in the package" in said) == bases
+        bases = "--model STR" in said or command == "pretrain"
+        assert ("(default: 'the model in the package')" in said) == bases
+        without = "--model STR" in said or command == "generate"
+        assert ("the small demo model in the package is used." in said) == without
