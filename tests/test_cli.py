@@ -88,7 +88,9 @@ def test_inspect_lists_every_kernel_and_writes_nothing(place, capsys):
     assert report["step_gflop"] < report["full_step_gflop"]
     assert report["frozen_saved"] == 0 < report["frozen_outer"]
     main(["inspect", "--model", str(model), "--rank", "2", "--a", "8", "--b", "8"])
-    assert "layers_0/mlp/up_proj/kernel" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "layers_0/mlp/up_proj/kernel" in said
+    assert "\nmethod            lora-mini:rank=2,alpha=16.0,a=8,b=8,outer_init=gradient," in said
     assert sorted(place.rglob("*")) == before
 
 
@@ -337,6 +339,8 @@ def test_a_size_that_does_not_fit_lists_the_kernels(place, capsys):
     argv = ["finetune", "--config", place / "config.json", "--a", "40", "--b", "40"]
     said = refused(capsys, *argv, "--output-dir", place / "x3")
     assert "layers_0/self_attn/q_proj/kernel (32 x 32): a = 40 exceeds 32" in said
+    assert "(--exclude-modules; in Python the exclude of select)" in said
+    assert "(--overrides; in Python the overrides of init)" in said
 
 
 def test_an_adapter_of_another_model_is_one_line(place, capsys):

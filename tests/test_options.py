@@ -11,7 +11,8 @@ import pytest
 
 from lora_mini_jax import UserError, cli
 from lora_mini_jax.cli import main, parse
-from lora_mini_jax.methods import METHODS, from_dict
+from lora_mini_jax.commands.methods import spec
+from lora_mini_jax.methods import METHODS, from_dict, from_spec
 from lora_mini_jax.options import Compare, Finetune, Generate, to_json
 from lora_mini_jax.options.paths import local
 from lora_mini_jax.plan import plan
@@ -262,6 +263,15 @@ def test_methods_shows_what_can_be_given_and_what_finetune_takes(capsys):
             assert "--dropout" not in flags[name]
         else:
             assert "--dropout" in flags[name]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_shown_as_it_is_given_to_compare(name):
+    inner = {"inner": "lora-mini(rank=4,a=16)"} if name == "diffora" else {}
+    method = from_dict({"method": name, **inner})
+    shown = spec(method.to_dict())
+    assert from_spec(shown) == method
+    assert Compare(methods=(shown,)).run_options(shown, 0).adapter_method() == method
 
 
 def test_help_shows_no_path_of_this_machine(capsys):
