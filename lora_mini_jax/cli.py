@@ -29,10 +29,10 @@ from lora_mini_jax.options import (
 from lora_mini_jax.options.paths import local
 from lora_mini_jax.options.words import (
     defaults_in_words,
+    mistakes,
     one_line,
     settings_as_words,
     take_config,
-    unknown,
 )
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
@@ -115,7 +115,7 @@ def parse(argv: list[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        said = unknown(argv[1:], cls) or one_line(stderr.getvalue())
+        said = mistakes(argv[1:], cls, default) or one_line(stderr.getvalue())
         raise UserError(f"{said} (see lora-mini {command} --help)") from None
 
 

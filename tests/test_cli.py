@@ -243,7 +243,7 @@ def test_what_cannot_begin_leaves_no_folder(place, capsys, monkeypatch, argv, sa
         (["finetune", "--no-packin"], "--no-packing"),
         (["finetune", "--batch-size", "x"], "--batch-size is 'x': give a whole number"),
         (["finetune", "--learning-rate", "x"], "--learning-rate is 'x': give a number"),
-        (["finetune", "--dtype", "float64"], "'--dtype'. Expected one of ('float32', 'bfloat16')"),
+        (["finetune", "--dtype", "float64"], "--dtype is 'float64': choose float32 or bfloat16"),
         (["finetune", "--data", "x", "--rank", "two"], "rank is 'two'"),
         (["finetune", "--data", "x", "--rank", "0"], "rank is 0"),
         (["finetune", "--data", "x", "--method", "magic"], "choose one of adalora"),
