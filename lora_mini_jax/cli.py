@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from lora_mini_jax import __version__
 from lora_mini_jax.errors import UserError, told_of_devices, told_of_memory
 from lora_mini_jax.files import writes
 from lora_mini_jax.options import (
@@ -28,10 +29,10 @@ from lora_mini_jax.options import (
 from lora_mini_jax.options.paths import local
 from lora_mini_jax.options.words import (
     defaults_in_words,
+    mistakes,
     one_line,
     settings_as_words,
     take_config,
-    unknown,
 )
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
@@ -50,6 +51,12 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
 """Each command's options, and the function that takes them: its module and its name."""
 OPTIONS: dict[str, Any] = {name: options for name, (options, _, _) in COMMANDS.items()}
 
+ABOUT = (
+    "Fine-tune JAX and Flax models with small adapters. Start with `lora-mini demo`, or\n"
+    "`lora-mini finetune --model FOLDER --data FILE`.\n"
+    "`lora-mini COMMAND --help` explains a command; `lora-mini --version` prints the version."
+)
+"""What ``lora-mini --help`` begins with; the option parser does not wrap it."""
 
 GO_ON = ("finetune", "compare", "pretrain", "demo")
 """The commands that leave checkpoints."""
@@ -88,6 +95,9 @@ def parse(argv: list[str]) -> Any:
 
     argv, config = take_config(argv)
     command = argv[0] if argv else ""
+    if command == "--version":
+        print(f"lora-mini {__version__}")
+        sys.exit(0)
     cls: Any = OPTIONS.get(command)
     if cls is None and command not in ("-h", "--help"):
         said = f"unknown command {command!r}" if command else "no command"
@@ -98,12 +108,14 @@ def parse(argv: list[str]) -> Any:
     try:
         with contextlib.redirect_stderr(stderr), defaults_in_words():
             if default is None:
-                return tyro.extras.subcommand_cli_from_dict(OPTIONS, args=argv, prog="lora-mini")
+                return tyro.extras.subcommand_cli_from_dict(
+                    OPTIONS, args=argv, prog="lora-mini", description=ABOUT
+                )
             return tyro.cli(cls, args=argv[1:], default=default, prog=f"lora-mini {command}")
     except SystemExit as stop:
         if not stop.code:
             raise
-        said = unknown(argv[1:], cls) or one_line(stderr.getvalue())
+        said = mistakes(argv[1:], cls, default) or one_line(stderr.getvalue())
         raise UserError(f"{said} (see lora-mini {command} --help)") from None
 
 

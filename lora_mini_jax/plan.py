@@ -113,8 +113,9 @@ def check(sites: Iterable[Site], new: bool = True) -> None:
         found += [f"{target.path} ({target.n_in} x {target.n_out}): {p}" for p in problems]
     if found:
         raise UserError(
-            f"{brief(found, '; ')}. Lower the setting, exclude these kernels, or override it for "
-            "them"
+            f"{brief(found, '; ')}. Lower the setting, leave these kernels out (--exclude-modules; "
+            "in Python the exclude of select), or give them settings of their own (--overrides; in "
+            "Python the overrides of init)"
         )
 
 

@@ -8,7 +8,7 @@ give dense kernels.
 Without ``remat`` the backward pass keeps the opened kernels of the whole model; with it, those of
 one layer.
 
-Not imported by ``import lora_mini_jax``: write ``from lora_mini_jax import quantized``.
+Imported at the first use of ``lora_mini_jax.quantized``.
 """
 
 from collections.abc import Callable, Iterable, Mapping

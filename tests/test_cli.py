@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import jax.numpy as jnp
 import pytest
@@ -37,13 +38,19 @@ def refused(capsys, *argv) -> str:
     return said[0]
 
 
-def test_help_needs_no_jax():
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_help_and_version_need_no_jax(word):
     code = (
         "import sys, lora_mini_jax.cli as cli\n"
-        "try: cli.main(['--help'])\nfinally: assert 'jax' not in sys.modules"
+        f"try: cli.main(['{word}'])\nfinally: assert 'jax' not in sys.modules"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "finetune" in out.stdout
+    if word == "--version":
+        assert out.stdout == f"lora-mini {version('lora-mini-jax')}\n"
+    else:
+        said = " ".join(out.stdout.split())
+        assert "with small adapters. Start with `lora-mini demo`, or" in said
+        assert said.index("lora-mini --version") < said.index("finetune Fine-tune")
 
 
 def test_options_beside_a_config_file_win(place):
@@ -81,7 +88,9 @@ def test_inspect_lists_every_kernel_and_writes_nothing(place, capsys):
     assert report["step_gflop"] < report["full_step_gflop"]
     assert report["frozen_saved"] == 0 < report["frozen_outer"]
     main(["inspect", "--model", str(model), "--rank", "2", "--a", "8", "--b", "8"])
-    assert "layers_0/mlp/up_proj/kernel" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "layers_0/mlp/up_proj/kernel" in said
+    assert "\nmethod            lora-mini:rank=2,alpha=16.0,a=8,b=8,outer_init=gradient," in said
     assert sorted(place.rglob("*")) == before
 
 
@@ -234,7 +243,7 @@ def test_what_cannot_begin_leaves_no_folder(place, capsys, monkeypatch, argv, sa
         (["finetune", "--no-packin"], "--no-packing"),
         (["finetune", "--batch-size", "x"], "--batch-size is 'x': give a whole number"),
         (["finetune", "--learning-rate", "x"], "--learning-rate is 'x': give a number"),
-        (["finetune", "--dtype", "float64"], "'--dtype'. Expected one of ('float32', 'bfloat16')"),
+        (["finetune", "--dtype", "float64"], "--dtype is 'float64': choose float32 or bfloat16"),
         (["finetune", "--data", "x", "--rank", "two"], "rank is 'two'"),
         (["finetune", "--data", "x", "--rank", "0"], "rank is 0"),
         (["finetune", "--data", "x", "--method", "magic"], "choose one of adalora"),
@@ -330,6 +339,8 @@ def test_a_size_that_does_not_fit_lists_the_kernels(place, capsys):
     argv = ["finetune", "--config", place / "config.json", "--a", "40", "--b", "40"]
     said = refused(capsys, *argv, "--output-dir", place / "x3")
     assert "layers_0/self_attn/q_proj/kernel (32 x 32): a = 40 exceeds 32" in said
+    assert "(--exclude-modules; in Python the exclude of select)" in said
+    assert "(--overrides; in Python the overrides of init)" in said
 
 
 def test_an_adapter_of_another_model_is_one_line(place, capsys):

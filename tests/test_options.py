@@ -11,7 +11,8 @@ import pytest
 
 from lora_mini_jax import UserError, cli
 from lora_mini_jax.cli import main, parse
-from lora_mini_jax.methods import METHODS, from_dict
+from lora_mini_jax.commands.methods import spec
+from lora_mini_jax.methods import METHODS, from_dict, from_spec
 from lora_mini_jax.options import Compare, Finetune, Generate, to_json
 from lora_mini_jax.options.paths import local
 from lora_mini_jax.plan import plan
@@ -264,11 +265,55 @@ def test_methods_shows_what_can_be_given_and_what_finetune_takes(capsys):
             assert "--dropout" in flags[name]
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("merge", "missing: --adapter, --output-dir"),
+        ("merge --adapter=x", "missing: --output-dir"),
+        ("merge --adaptr x", "no such option: --adaptr: did you mean --adapter?"),
+        ("finetune --quantize int4", "--quantize is 'int4': choose int8 or nf4"),
+        (
+            "merge --output_dir x --dtype=int4",
+            "missing: --adapter; --dtype is 'int4': choose float32, bfloat16 or float16",
+        ),
+        (
+            "finetune --quantize None --schedule None --keep x --metrc x",
+            "no such option: --metrc: did you mean --metric?; --schedule is 'None': "
+            "choose linear, cosine or constant; --keep is 'x': choose best or last",
+        ),
+        ("finetune --quantize --data x", "--quantize needs a value"),
+        ("inspect --budget x", "--budget is 'x': give a whole number"),
+        ("compare --seeds 0 x", "--seeds is '0', 'x': give whole numbers"),
+        ("inspect --batch-size 1 2", "no option takes 2"),
+    ],
+)
+def test_what_is_missing_or_no_choice_is_said_in_few_words(capsys, argv, said):
+    command = argv.partition(" ")[0]
+    told = refused(capsys, *argv.split())
+    assert told == f"lora-mini: {said} (see lora-mini {command} --help)"
+
+
+def test_what_a_file_gives_is_not_missing(file, capsys):
+    said = refused(capsys, "merge", *file(output_dir="x"))
+    assert said == "lora-mini: missing: --adapter (see lora-mini merge --help)"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_shown_as_it_is_given_to_compare(name):
+    inner = {"inner": "lora-mini(rank=4,a=16)"} if name == "diffora" else {}
+    method = from_dict({"method": name, **inner})
+    shown = spec(method.to_dict())
+    assert from_spec(shown) == method
+    assert Compare(methods=(shown,)).run_options(shown, 0).adapter_method() == method
+
+
 def test_help_shows_no_path_of_this_machine(capsys):
     for command in cli.COMMANDS:
         with pytest.raises(SystemExit):
             main([command, "--help"])
         said = " ".join(capsys.readouterr().out.replace("│", "").split())
         assert "lora_mini_jax/base" not in said
-        bases = "--model STR" in said or command in ("generate", "pretrain")
-        assert ("the model in the package" in said) == bases
+        bases = "--model STR" in said or command == "pretrain"
+        assert ("(default: 'the model in the package')" in said) == bases
+        without = "--model STR" in said or command == "generate"
+        assert ("the small demo model in the package is used." in said) == without

@@ -14,6 +14,7 @@ import optax
 
 from lora_mini_jax import linen
 from lora_mini_jax.adapter import Adapter, draw
+from lora_mini_jax.commands.methods import spec
 from lora_mini_jax.flops import dot_flops
 from lora_mini_jax.hardware import without_kernels
 from lora_mini_jax.models.families import family_of_module
@@ -178,7 +179,7 @@ def text(report: Report) -> str:
     share, total = report["trainable_share"], report["model_parameters"]
     lines += [
         "",
-        *(f"method            {method}" for method in report["methods"]),
+        *(f"method            {spec(method)}" for method in report["methods"]),
         f"kernels           {len(report['kernels'])}",
         f"trained           {report['trainable']:,} of {total:,} ({share:.3%})",
         f"frozen outer      {report['frozen_outer']:,} (saved with the adapter: "

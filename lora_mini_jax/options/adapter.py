@@ -57,7 +57,8 @@ class AdapterOptions(MethodOptions):
     """A model, a method with its settings, and the kernels it adapts."""
 
     model: str = BASE
-    """A model in Hugging Face layout (config.json, safetensors, tokenizer.json), or a hub id."""
+    """A model in Hugging Face layout (config.json, safetensors, tokenizer.json), or a hub id.
+    Without it, the small demo model in the package is used."""
     target_modules: tuple[str, ...] = ()
     """all-linear, all, bias-only, head-only; or one word, a regular expression that is searched for
     in the whole path; or two or more, exact names such as q_proj v_proj. By default the method's
@@ -102,5 +103,5 @@ class AdapterOptions(MethodOptions):
 
 
 def one_or_names(words: tuple[str, ...]) -> str | tuple[str, ...]:
-    """Words as `tree.select` wants them: one is a preset or a pattern, more are names."""
+    """Words as `selection.select` wants them: one is a preset or a pattern, more are names."""
     return words[0] if len(words) == 1 else words

@@ -10,7 +10,7 @@ from lora_mini_jax.options.numbers import COUNT, SEED, check_numbers
 
 @dataclass(frozen=True)
 class Demo:
-    """LoRA-Mini and LoRA on the model inside the package, on Python's own documentation topics."""
+    """Compare LoRA-Mini and LoRA on the small model in the package and Python's help topics."""
 
     output_dir: str = "runs/demo"
     """Where the runs, the table and the report go."""
@@ -28,9 +28,10 @@ class Methods:
 
 @dataclass(frozen=True)
 class Inspect(AdapterOptions):
-    """Show what would be adapted and what it would cost. Reads config.json only; trains nothing.
+    """Show which kernels an adapter would train, and what it would cost. Trains nothing.
 
-    An encoder is shown without the head that a task trains whole beside the adapter.
+    Reads config.json only. An encoder is shown without the head that a task trains whole beside
+    the adapter.
     """
 
     batch_size: int = 8
@@ -50,13 +51,13 @@ class Inspect(AdapterOptions):
 
 @dataclass(frozen=True)
 class Generate:
-    """Continue prompts with a decoder, or answer them with a T5; plain or adapted."""
+    """Continue prompts with a decoder, or answer them with a T5, with or without an adapter."""
 
     prompt: tuple[str, ...]
     """One or more prompts; a T5 reads them as sources, and its answers alone are printed."""
     model: str | None = None
-    """A decoder or a T5: folder or hub id; by default the one that the adapter was trained on, and
-    without an adapter the model in the package."""
+    """A decoder or a T5: folder or hub id; by default the one that the adapter was trained on.
+    Without an adapter, the small demo model in the package is used."""
     adapter: str | None = None
     """An adapter folder, such as runs/finetune/adapter."""
     chat: bool = False
@@ -86,7 +87,7 @@ class Generate:
 
 @dataclass(frozen=True)
 class Predict:
-    """Tell the classes, or the numbers, of texts with an adapter that was trained to."""
+    """Predict classes or numbers with a trained classifier adapter."""
 
     adapter: str
     """An adapter folder, such as runs/finetune/adapter."""
@@ -110,7 +111,7 @@ class Predict:
 
 @dataclass(frozen=True)
 class Merge:
-    """Fold an adapter into its model and write a Hugging Face folder."""
+    """Merge an adapter into its base model and write a Hugging Face folder."""
 
     adapter: str
     """An adapter folder."""
@@ -126,7 +127,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class Export:
-    """Write an adapter for Hugging Face's PEFT: adapter_config.json, adapter_model.safetensors."""
+    """Export an adapter to Hugging Face's PEFT (adapter_config.json, adapter_model.safetensors)."""
 
     adapter: str
     """An adapter folder."""

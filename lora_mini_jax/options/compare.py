@@ -17,9 +17,9 @@ OF_A_RUN = ("method", "settings", "seed", "output_dir")
 
 @dataclass(frozen=True)
 class Compare(Finetune):
-    """Run several methods and seeds on one task; table, JSON and plots.
+    """Compare several methods and seeds on one task, in a table, JSON and plots.
 
-    With the config.json of a run, all but that run's method, its settings and seed is taken.
+    The config.json of a run, as --config, gives all options except its method, settings and seed.
     """
 
     # As class variables they are no options any more: each run of a comparison has its own.

@@ -15,11 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finetune(Training, AdapterOptions, LabelOptions):
-    """Fine-tune a model with an adapter; run the same command again to go on after an interruption.
+    """Fine-tune a model with an adapter. After an interruption, run the same command to resume.
 
-    Data may be text (``text``), prompt and completion fields, or chat ``messages``; for a T5 prompt
-    and completion; for an encoder (--task classification or regression) one or two text fields and
-    a label.
+    Records may hold text, a prompt and a completion, or chat messages. A T5 needs a prompt and a
+    completion; an encoder (--task classification or regression) one or two texts and a label.
     """
 
     allowed: ClassVar[dict[str, str]] = {

@@ -40,9 +40,9 @@ class LabelOptions:
     metric: Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman", "mse"] | None = (
         None
     )
-    """The held-out number that selects; by default accuracy, pearson for numbers, GLUE's own for a
-    task of GLUE, and loss for language. F1 is that of the last class where there are two, else the
-    mean over the classes."""
+    """Held-out metric that decides which adapter is best. By default accuracy for classes, pearson
+    for numbers, GLUE's own for a task of GLUE, and loss for language. F1 is that of the last class
+    where there are two, else the mean over the classes."""
     keep: Literal["best", "last"] | None = None
     """Which adapter is saved: the best of those evaluated while training, or the last; by default
     the best, and for language the last."""

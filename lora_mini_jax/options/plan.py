@@ -7,7 +7,7 @@ from lora_mini_jax.options.finetune import Finetune
 
 @dataclass(frozen=True)
 class PlanStep(Finetune):
-    """Say what a training step would take on every device: bytes, FLOPs, what devices exchange.
+    """Forecast what a training step takes: memory on each device, FLOPs and communication.
 
     Takes the options of finetune; reads config.json only, and needs none of the devices. Compiles
     for CPUs, or with --tpu for a TPU slice.

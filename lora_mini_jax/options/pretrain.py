@@ -21,7 +21,7 @@ SIZES = (
 
 @dataclass(frozen=True)
 class Pretrain(Training):
-    """Train a Llama from scratch on text; run the same command again to go on after a stop.
+    """Train a Llama from scratch. After an interruption, run the same command to resume.
 
     The method adapts every linear kernel of attention and MLP; embeddings, norms, biases and the
     output head are trained whole beside it.

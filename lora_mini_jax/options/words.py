@@ -4,9 +4,10 @@ import operator
 import re
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import fields
-from itertools import dropwhile, takewhile
-from typing import Any
+from dataclasses import MISSING, fields
+from itertools import dropwhile, pairwise, takewhile
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from lora_mini_jax.errors import UserError, meant
 from lora_mini_jax.options.adapter import BASE, MethodOptions
@@ -79,6 +80,52 @@ def unknown(words: Sequence[str], cls: Any) -> str:
     return f"no such option: {', '.join(said)}" if said else ""
 
 
+def mistakes(words: Sequence[str], cls: Any, default: Any = None) -> str:
+    """What the options of a command lack or may not be, all of it; or nothing. Options that are in
+    ``default``, which a config file gives, are not missing."""
+    from tyro import MISSING as REQUIRED
+
+    given = {_flag(word) for word in words if word.startswith("--")}
+    need = [f.name for f in fields(cls) if f.default is MISSING and f.name not in given]
+    need = [name for name in need if getattr(default, name, REQUIRED) is REQUIRED]
+    lacking = f"missing: {', '.join(map(_option, need))}" if need else ""
+    # An option that is not known may be a required one that is written wrongly.
+    said = [unknown(words, cls) or lacking, *_no_choices(words, cls)]
+    return "; ".join(filter(None, said))
+
+
+def _no_choices(words: Sequence[str], cls: Any) -> list[str]:
+    """The options that are given another word than those they choose from."""
+    kinds, found = {field.name: field.type for field in fields(cls)}, []
+    for word, after in pairwise([*words, "--"]):
+        name, (_, equals, value) = _flag(word), word.partition("=")
+        value = value if equals else after
+        choices = _choices(kinds.get(name)) if word.startswith("--") else ()
+        none = value == "None" and NoneType in get_args(kinds.get(name))
+        no_value = not equals and value.startswith("--")
+        if choices and value not in choices and not none and not no_value:
+            *others, last = choices
+            found.append(f"{_option(name)} is {value!r}: choose {', '.join(others)} or {last}")
+    return found
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    """The words that an option of this kind chooses from; of another kind none.
+
+    Example:
+        >>> _choices(Literal["int8", "nf4"] | None)
+        ('int8', 'nf4')
+    """
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return next(filter(None, map(_choices, get_args(kind))), ())
+
+
+def _option(name: str) -> str:
+    """``output_dir`` as ``--output-dir``."""
+    return f"--{name.replace('_', '-')}"
+
+
 def _flag(word: str) -> str:
     """``--lora-plus-ratio=2`` as the option's name, ``lora_plus_ratio``."""
     return word.removeprefix("--").partition("=")[0].replace("-", "_")
@@ -109,18 +156,28 @@ def defaults_in_words() -> Any:
     return registry
 
 
-_NUMBERS = {"invalid literal for int": "a whole number", "could not convert string": "a number"}
-"""What Python says of a word that is no number, and what to give."""
+_SAID = {
+    r"Error parsing (--\S+): invalid literal for int[^']*('.*')": r"\1 is \2: give a whole number",
+    r"Error parsing (--\S+): could not convert string[^']*('.*')": r"\1 is \2: give a number",
+    r"Error parsing (--\S+): no type matching \{None\}\|INT .* \[(.*)\]\.": (
+        r"\1 is \2: give a whole number"
+    ),
+    r"Error parsing (--\S+): Could not find .*: \[(.*)\]": r"\1 is \2: give whole numbers",
+    r"Missing value for argument '(\S+)'.*": r"\1 needs a value",
+    r"Unrecognized options: (.*)": r"no option takes \1",
+    r"Error parsing \w+: (.*)": r"\1",
+}
+"""What the option parser says, and what is said instead."""
 
 
 def one_line(text: str) -> str:
-    """What the option parser says in a box, as a line: up to the box's rule, where help begins. A
-    terminal that knows ASCII alone gets another box."""
+    """What the option parser says in a box, as a line: from below the box's title up to its rule,
+    where help begins. A terminal that knows ASCII alone gets another box."""
     box = "╭╮╰╯│─ "
-    title, *lines = ["" if set(line) <= {*box, "-"} else line.strip(box)
-                     for line in text.strip().splitlines()]  # fmt: skip
+    _, *lines = ["" if set(line) <= {*box, "-"} else line.strip(box)
+                 for line in text.strip().splitlines()]  # fmt: skip
     said = " ".join(takewhile(bool, dropwhile(operator.not_, lines)))
-    said = re.sub(r"^Error parsing \w+: ", "", said)
-    for python, kind in _NUMBERS.items():
-        said = re.sub(rf"^Error parsing (\S+): {python}[^']*(.*)", rf"\1 is \2: give {kind}", said)
-    return said if title == "Value error" else f"{title.lower()}: {said}"
+    for pattern, instead in _SAID.items():
+        if found := re.fullmatch(pattern, said):
+            return found.expand(instead)
+    return said
