@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +63,19 @@ def test_pieces_of_any_size_make_the_same_tensors(saved, monkeypatch, slab, scan
             equal(jax.tree.map(lambda x, i=i: x[i], got["layers"]), params[f"layers_{i}"])
     else:
         equal(got, params)
+
+
+def test_the_hub_is_asked_once_for_a_model(saved, monkeypatch):
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append((name, revision))
+        return str(saved[0])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for revision in (None, None, "v2"):
+        equal(load("somebody/llama-of-tests", revision=revision)[1], saved[1])
+    assert asked == [("somebody/llama-of-tests", None), ("somebody/llama-of-tests", "v2")]
 
 
 def test_every_parameter_goes_where_it_is_told(saved):

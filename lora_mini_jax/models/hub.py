@@ -1,6 +1,7 @@
 """Where models come from, a folder or the hub, and what their ``config.json`` says."""
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,20 @@ def resolve(path_or_id: str | os.PathLike[str], revision: str | None = None) -> 
                             "folder: leave revision out")  # fmt: skip
         return path
     try:
-        from huggingface_hub import snapshot_download
-
-        name = os.fspath(path_or_id)
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADS))
+        return _downloaded(os.fspath(path_or_id), revision)
     except Exception as error:  # the hub client raises many kinds, and all mean the same here
         why = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
             f"{str(path_or_id)!r} is neither a local folder nor reachable on the hub "
             f"({type(error).__name__}: {why}): give a folder with config.json or a hub id"
         ) from error
+
+
+@cache  # a command asks for the same model several times, and the hub is asked each time
+def _downloaded(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADS))
 
 
 def load_config(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> Any:
