@@ -283,6 +283,7 @@ def test_methods_shows_what_can_be_given_and_what_finetune_takes(capsys):
         ),
         ("finetune --quantize --data x", "--quantize needs a value"),
         ("inspect --budget x", "--budget is 'x': give a whole number"),
+        ("inspect --batch-size it's", '--batch-size is "it\'s": give a whole number'),
         ("compare --seeds 0 x", "--seeds is '0', 'x': give whole numbers"),
         ("inspect --batch-size 1 2", "no option takes 2"),
     ],

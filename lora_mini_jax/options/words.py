@@ -157,8 +157,8 @@ def defaults_in_words() -> Any:
 
 
 _SAID = {
-    r"Error parsing (--\S+): invalid literal for int[^']*('.*')": r"\1 is \2: give a whole number",
-    r"Error parsing (--\S+): could not convert string[^']*('.*')": r"\1 is \2: give a number",
+    r"Error parsing (--\S+): invalid literal for int.* 10: (.*)": r"\1 is \2: give a whole number",
+    r"Error parsing (--\S+): could not convert string.*?: (.*)": r"\1 is \2: give a number",
     r"Error parsing (--\S+): no type matching \{None\}\|INT .* \[(.*)\]\.": (
         r"\1 is \2: give a whole number"
     ),
