@@ -653,15 +653,15 @@ def test_rows_are_told_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_mini_jax.data.batches.TOLD", 4)
     example = Example(np.full(2, 3, np.int32), np.ones(2, bool))
     packed = pack([example] * 9, 3, packing=False)
-    told = Batches(packed, 2, 0).told
-    assert Batches(packed, 4, 1, shuffle=False).told == told
+    told = Batches(packed, 2, 0).fingerprint
+    assert Batches(packed, 4, 1, shuffle=False).fingerprint == told
     changed = [pack([example] * 8, 3, packing=False)]  # where those that are read are the same
     for name, array in vars(packed).items():
         for row in (0, -1):
             other = array.copy()
             other[row, -1] ^= True
             changed.append(replace(packed, **{name: other}))
-    assert len({told, *(Batches(each, 2, 0).told for each in changed)}) == 10
+    assert len({told, *(Batches(each, 2, 0).fingerprint for each in changed)}) == 10
 
 
 def test_batches_errors() -> None:

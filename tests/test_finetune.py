@@ -205,8 +205,8 @@ def test_a_folder_that_is_no_run_is_refused_and_kept(place):
 
 def test_of_a_run_that_came_to_nothing_nothing_stays(place):
     given = options(place, output_dir=str(place / "none"))
-    one: Any = SimpleNamespace(told="one")
-    other: Any = SimpleNamespace(told="other")
+    one: Any = SimpleNamespace(fingerprint="one")
+    other: Any = SimpleNamespace(fingerprint="other")
     folder = RunFolder(given)
     folder.create(train=one)
     folder.log([{"step": 0}])

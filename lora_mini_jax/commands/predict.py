@@ -48,7 +48,7 @@ def run_predict(options: Predict, say: Callable[[str], None] = print) -> list[di
     names = ("tokens", "segment_ids", "type_ids")
     logits = [apply(params, adapter, *(b[n] for n in names)) for b in batches.eval_batches()]
     kept = np.concatenate(jax.device_get(logits))[: len(records)]
-    lines = [{"index": i, **told(head, row)} for i, row in enumerate(kept)]
+    lines = [{"index": i, **prediction(head, row)} for i, row in enumerate(kept)]
     write_text(options.output, "".join(f"{json.dumps(line)}\n" for line in lines))
     say(f"{len(lines)} predictions: {options.output}")
     return lines
@@ -66,7 +66,7 @@ def check_output(output: Path, data: Path) -> None:
             raise UserError(f"--output {output} is a file of --data: name another to write to")
 
 
-def told(head: Head, logits: np.ndarray) -> dict[str, Any]:
+def prediction(head: Head, logits: np.ndarray) -> dict[str, Any]:
     """What one row's logits (labels,) say."""
     if head.task == "regression":
         return {"value": float(logits[0])}

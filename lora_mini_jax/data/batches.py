@@ -95,7 +95,7 @@ class Batches:
         return batch
 
     @property
-    def told(self) -> str:
+    def fingerprint(self) -> str:
         """A hash that tells these rows from others; of more than `TOLD`, so many evenly spread."""
         rows = len(self.packed.tokens)
         some = np.linspace(0, rows - 1, min(rows, TOLD)).astype(int)

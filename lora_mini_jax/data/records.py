@@ -36,11 +36,11 @@ class Records:
 
     Attributes:
         read: begins to read them.
-        told: says what they are as JSON, by content: the same from equal records only.
+        fingerprint: says what they are as JSON, by content: the same from equal records only.
     """
 
     read: Callable[[], Iterator[Record]]
-    told: Callable[[], Any]
+    fingerprint: Callable[[], Any]
 
     def __iter__(self) -> Iterator[Record]:
         return self.read()
@@ -52,8 +52,8 @@ class Records:
 
     @cached_property
     def content(self) -> Any:
-        """What ``told`` says, asked once."""
-        return self.told()
+        """What ``fingerprint`` says, asked once."""
+        return self.fingerprint()
 
 
 def read_records(

@@ -12,7 +12,7 @@ from lora_mini_jax.models.attention import init_cache
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def written(model: Any, new: int, params, adapter, tokens, valid, ends, how) -> jax.Array:
+def decode(model: Any, new: int, params, adapter, tokens, valid, ends, how) -> jax.Array:
     """New tokens (batch, new) int32, -1 from a row's end on; prompts are padded on the left."""
     batch, width = tokens.shape
 

@@ -14,7 +14,7 @@ from lora_mini_jax.models.t5 import T5, init_cache
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def written(model: T5, new: int, params, adapter, tokens, mask, ends, how) -> jax.Array:
+def decode(model: T5, new: int, params, adapter, tokens, mask, ends, how) -> jax.Array:
     """New tokens (batch, new) int32, -1 from a row's end on."""
     batch = tokens.shape[0]
 

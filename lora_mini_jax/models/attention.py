@@ -126,7 +126,9 @@ def init_cache(
     return {"k": empty, "v": empty, "segment_ids": slots, "length": jnp.zeros((), jnp.int32)}
 
 
-def written(kv: tuple[Array, Array], k: Array, v: Array, start: Array | int) -> tuple[Array, Array]:
+def update_cache(
+    kv: tuple[Array, Array], k: Array, v: Array, start: Array | int
+) -> tuple[Array, Array]:
     """A layer's cache, ``k`` and ``v`` (batch, length, kv_heads, head_dim), with new ones in it."""
     old, at = kv, (0, start, 0, 0)
     return (

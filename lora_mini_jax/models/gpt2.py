@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.models.attention import attend, written
+from lora_mini_jax.models.attention import attend, update_cache
 from lora_mini_jax.models.encoder_layers import Part
 from lora_mini_jax.models.family import Family
 from lora_mini_jax.models.gpt2_config import GPT2Config
@@ -37,7 +37,7 @@ class Attention(Part):
         if c.scale_attn_by_inverse_layer_idx:
             q = q / number.astype(q.dtype)
         if kv is not None:
-            kv = written(kv, k, v, start)
+            kv = update_cache(kv, k, v, start)
             k, v = (stored.astype(q.dtype) for stored in kv)
         scale = None if c.scale_attn_weights else 1.0
         out = attend(q, k, v, seen, scale=scale)

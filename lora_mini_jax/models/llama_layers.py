@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.models.activations import ACTIVATIONS
-from lora_mini_jax.models.attention import attend, written
+from lora_mini_jax.models.attention import attend, update_cache
 from lora_mini_jax.models.llama_config import LlamaConfig
 from lora_mini_jax.models.norms import RMSNorm
 from lora_mini_jax.models.rotary import rotate
@@ -61,7 +61,7 @@ class Attention(Part):
             q, k = self.norm("q_norm")(q), self.norm("k_norm")(k)
         q, k = rotate(q, rope), rotate(k, rope)
         if kv is not None:
-            kv = written(kv, k, v, start)
+            kv = update_cache(kv, k, v, start)
             k, v = (stored.astype(q.dtype) for stored in kv)
         scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
         cap = c.attn_logit_softcapping

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_mini_jax.models.activations import ACTIVATIONS
-from lora_mini_jax.models.attention import attend, written
+from lora_mini_jax.models.attention import attend, update_cache
 from lora_mini_jax.models.norms import RMSNorm
 from lora_mini_jax.models.t5_config import T5Config
 
@@ -107,7 +107,7 @@ class Attention(Part):
         q = heads("q", x, (c.d_model * c.d_kv) ** -0.5)
         if source is not None:
             new = (heads("k", source, c.d_model**-0.5), heads("v", source, c.d_model**-0.5))
-            kv = new if kv is None else written(kv, *new, start)
+            kv = new if kv is None else update_cache(kv, *new, start)
         k, v = (stored.astype(q.dtype) for stored in kv)
         out = attend(q, k, v, mask, scale=1.0, bias=bias).reshape(*x.shape[:2], inner)
         return self.dense("o", c.d_model, inner**-0.5)(out), kv

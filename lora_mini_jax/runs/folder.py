@@ -103,7 +103,10 @@ class RunFolder:
         Raises:
             UserError: training began on other data than this.
         """
-        told, path = {name: part.told for name, part in data.items()}, self.path / "data.json"
+        told, path = (
+            {name: part.fingerprint for name, part in data.items()},
+            self.path / "data.json",
+        )
         if path.exists() and read_object(path) != told and not self._nothing_to_lose():
             raise UserError(
                 f"{self.path} holds a run on other data: what its options name, or the tokenizer, "

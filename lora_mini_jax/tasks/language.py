@@ -72,14 +72,14 @@ class LanguageTask(Task):
 
     def samples(self, adapter: Adapter | None) -> list[tuple[str, str]]:
         """The held-out prompts, and what the model writes after them."""
-        pairs = zip(self.prompts, self.written(adapter), strict=True)
+        pairs = zip(self.prompts, self.complete(adapter), strict=True)
         return [(self.tokenizer.decode(prompt), self.text(prompt, ids)) for prompt, ids in pairs]
 
     def text(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
         """What the ids written after a prompt say."""
         return self.tokenizer.continuation(prompt, ids)
 
-    def written(self, adapter: Adapter | None) -> list[list[int]]:
+    def complete(self, adapter: Adapter | None) -> list[list[int]]:
         """The token ids that the model writes after each of the prompts, greedily."""
         if not self.prompts:
             return []
