@@ -74,6 +74,8 @@ def test_long_pairs_are_skipped_cut_or_an_error(place):
     assert second.target.tolist() == [9, *[GREEN] * 5], "nothing ends where it was cut"
     with pytest.raises(UserError, match="7 and 3 tokens, more than max_length 6: raise"):
         encoded(place, LONG, overlong="error")
+    with pytest.raises(UserError, match="overlong 'cut' is not allowed: give skip, truncate"):
+        encoded(place, LONG, overlong="cut")
 
 
 def test_rows_are_as_long_as_the_longest_in_steps_of_8(place):

@@ -92,6 +92,14 @@ def encode_records(
     return Encoded(examples, sum(p.skipped for p in parts), sum(p.truncated for p in parts))
 
 
+def check_limits(max_length: int, overlong: str) -> None:
+    """Raise `UserError` for limits that are not allowed."""
+    if max_length < 2:
+        raise UserError(f"max_length {max_length} is not allowed: give a whole number from 2")
+    if overlong not in get_args(Overlong):
+        raise UserError(f"overlong {overlong!r} is not allowed: give skip, truncate or error")
+
+
 def encode_stream(
     records: Iterable[Record],
     tokenizer: Tokenizer,
@@ -106,10 +114,7 @@ def encode_stream(
     Raises:
         UserError: as there; that nothing is left shows at the end.
     """
-    if max_length < 2:
-        raise UserError(f"max_length {max_length} is not allowed: give a whole number from 2")
-    if overlong not in get_args(Overlong):
-        raise UserError(f"overlong {overlong!r} is not allowed: give skip, truncate or error")
+    check_limits(max_length, overlong)
     seen, kept, shortest, longest = 0, 0, sys.maxsize, 0
     for first, chunk in chunks(records):
         fields = fields.resolved(chunk[0])  # the first chunk's: from then on they are named

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_mini_jax.data.examples import Overlong
+from lora_mini_jax.data.examples import Overlong, check_limits
 from lora_mini_jax.data.fields import Fields, strings
 from lora_mini_jax.data.files import Record, chunks
 from lora_mini_jax.data.tokenizer import Tokenizer
@@ -102,8 +102,7 @@ def pair_stream(
     Raises:
         UserError: as there; that nothing is left shows at the end.
     """
-    if max_length < 2:
-        raise UserError(f"max_length {max_length} is not allowed: give a whole number from 2")
+    check_limits(max_length, overlong)
     seen = kept = 0
     for first, chunk in chunks(records):
         fields = fields.resolved(chunk[0])  # the first chunk's: from then on they are named
