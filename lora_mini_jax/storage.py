@@ -65,11 +65,11 @@ def save(
     stored = _stored(adapter, store_outer)
     tensors = {f"{group}/{path}": on_host(leaf) for group in GROUPS
                for path, leaf in by_name(stored[group]).items()}  # fmt: skip
+    drawn_again = _drawn_again(adapter, stored["frozen"])
+    text = to_text(adapter, params, drawn_again=drawn_again, base=base, task=task)
     with new_folder(folder) as temporary:
         with writing(folder):
             save_file(tensors, temporary / "adapter.safetensors")
-        drawn_again = _drawn_again(adapter, stored["frozen"])
-        text = to_text(adapter, params, drawn_again=drawn_again, base=base, task=task)
         write_text(temporary / "adapter.json", text)
     together("adapter saved")
 
