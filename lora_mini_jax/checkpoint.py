@@ -184,16 +184,11 @@ def _on_host(tree: Any) -> Any:
 
 def _saved(state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds."""
-    frozen, moving = state.adapter.frozen, {}
-    for site in state.adapter.sites:
-        if site.method.stored and not site.owner:
-            path = site.target.path
-            moving[path] = {name: frozen[path][name] for name in sorted(site.method.stored)}
     return {
         "step": state.step,
         "key": state.key,
         "trainable": state.adapter.trainable,
-        "frozen": moving,
+        "frozen": state.adapter.kept(),
         "opt_state": jax.tree.leaves(state.opt_state),
     }
 
