@@ -78,6 +78,15 @@ class Adapter:
         """The same adapter with other trained leaves."""
         return replace(self, trainable=trainable)
 
+    def kept(self) -> dict[str, Factors]:
+        """The frozen leaves that drawing again would not give (`Method.stored`), by path; shared
+        ones with their owner alone."""
+        return {
+            site.target.path: {n: self.frozen[site.target.path][n] for n in sorted(names)}
+            for site in self.sites
+            if (names := site.method.stored) and not site.owner
+        }
+
 
 def init(
     params: Mapping[str, Any],

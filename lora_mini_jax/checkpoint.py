@@ -8,9 +8,10 @@ the disk: a save copies the state to the host's memory, and one thread of ours w
 
 import logging
 import sys
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,6 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, keep: int = 2) -> None:
-        _leave_errors_to_us()
         if is_address(folder):
             raise UserError(f"{folder} is an address: keep checkpoints in a folder on this machine")
         self.folder = Path(folder).resolve()
@@ -52,21 +52,24 @@ class Checkpoints:
             self._manager = _manager(self.folder, keep)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
+        self._open = ExitStack()
 
     def __enter__(self) -> "Checkpoints":
+        self._open.enter_context(_errors_left_to_us())
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if jax.process_count() > 1 and is_of_xla(error):
-            return  # Another process is lost, and what is pending may be waiting for it.
-        try:
-            self.wait()
-        except UserError:
-            if error is None:  # What went wrong first is what there is to say.
-                raise
-        finally:
-            self._writer.shutdown()
-            self._manager.close()
+        with self._open:
+            if jax.process_count() > 1 and is_of_xla(error):
+                return  # Another process is lost, and what is pending may be waiting for it.
+            try:
+                self.wait()
+            except UserError:
+                if error is None:  # What went wrong first is what there is to say.
+                    raise
+            finally:
+                self._writer.shutdown()
+                self._manager.close()
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint, or None."""
@@ -128,18 +131,24 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.PyTreeSave(tree), force=True)
 
 
-@cache
-def _leave_errors_to_us() -> None:
+@contextmanager
+def _errors_left_to_us() -> Generator[None]:
     """Orbax logs the errors that it raises, and what TensorStore still says into the event loop of
     a write that has failed already can be raised to nobody: either would print a traceback."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    before = sys.unraisablehook
+    logger, before = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
 
     def unraisable(what: Any) -> None:
         if str(what.exc_value) != "Event loop is closed":
             before(what)
 
+    logger.setLevel(logging.CRITICAL)
     sys.unraisablehook = unraisable
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = before
 
 
 def _manager(folder: Path, keep: int) -> Any:
@@ -175,16 +184,11 @@ def _on_host(tree: Any) -> Any:
 
 def _saved(state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds."""
-    frozen, moving = state.adapter.frozen, {}
-    for site in state.adapter.sites:
-        if site.method.stored and not site.owner:
-            path = site.target.path
-            moving[path] = {name: frozen[path][name] for name in sorted(site.method.stored)}
     return {
         "step": state.step,
         "key": state.key,
         "trainable": state.adapter.trainable,
-        "frozen": moving,
+        "frozen": state.adapter.kept(),
         "opt_state": jax.tree.leaves(state.opt_state),
     }
 

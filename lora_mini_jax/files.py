@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Collection, Generator
 from contextlib import contextmanager
@@ -13,18 +14,12 @@ from typing import Any
 
 from lora_mini_jax.errors import UserError
 
-_writes = True
-
-
-def write_nothing() -> None:
-    """From now on this process writes no file: another does it for all, see `processes`."""
-    global _writes
-    _writes = False
-
 
 def writes() -> bool:
-    """Whether this process writes files, and speaks."""
-    return _writes
+    """Whether this process writes files, and speaks: the first of those that have met, be it by
+    `processes.start` or by ``jax.distributed.initialize``, does it for all."""
+    jax = sys.modules.get("jax")  # a program that has not imported it is alone, and may stay quick
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def is_address(path: str | Path) -> bool:
@@ -50,7 +45,7 @@ def new_folder(path: str | Path) -> Generator[Path]:
         ...     (Path(home) / "out" / "a.txt").read_text()
         'whole'
     """
-    if not _writes:
+    if not writes():
         with tempfile.TemporaryDirectory() as unused:
             yield Path(unused)
         return
@@ -106,7 +101,7 @@ def locked(path: Path, busy: str) -> Generator[None]:
     Raises:
         UserError: ``busy``, where another holds it, in this process or not.
     """
-    if not _writes:
+    if not writes():
         yield
         return
     with writing(path):
@@ -125,7 +120,7 @@ def locked(path: Path, busy: str) -> Generator[None]:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a whole text file or nothing."""
-    if not _writes:
+    if not writes():
         return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

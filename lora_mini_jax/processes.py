@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from lora_mini_jax import files
 from lora_mini_jax.errors import UserError, told_of_memory
 
 HEARTBEAT_SECONDS = 60
@@ -56,8 +55,6 @@ def start(coordinator: str, processes: int | None = None, process: int | None = 
         raise UserError(
             f"--coordinator {coordinator}: the processes did not meet: {reason}"
         ) from None
-    if jax.process_index() > 0:
-        files.write_nothing()
 
 
 def together(name: str) -> None:

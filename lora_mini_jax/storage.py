@@ -65,11 +65,11 @@ def save(
     stored = _stored(adapter, store_outer)
     tensors = {f"{group}/{path}": on_host(leaf) for group in GROUPS
                for path, leaf in by_name(stored[group]).items()}  # fmt: skip
+    drawn_again = _drawn_again(adapter, stored["frozen"])
+    text = to_text(adapter, params, drawn_again=drawn_again, base=base, task=task)
     with new_folder(folder) as temporary:
         with writing(folder):
             save_file(tensors, temporary / "adapter.safetensors")
-        drawn_again = _drawn_again(adapter, stored["frozen"])
-        text = to_text(adapter, params, drawn_again=drawn_again, base=base, task=task)
         write_text(temporary / "adapter.json", text)
     together("adapter saved")
 
@@ -143,13 +143,11 @@ def _rounded(params: Mapping[str, Any], record: Record) -> Mapping[str, Any]:
 
 def _stored(adapter: Adapter, store_outer: bool) -> dict[str, dict[str, Factors]]:
     """The leaves that go into the file."""
-    frozen: dict[str, Factors] = {}
-    for site in adapter.sites:
-        if not site.owner:
-            leaves, method = adapter.frozen[site.target.path], site.method
-            names = set(leaves) if store_outer else method.stored
-            kept = {n: leaf for n, leaf in leaves.items() if n in names - method.scratch}
-            frozen[site.target.path] = kept
+    scratch = {site.target.path: site.method.scratch for site in adapter.sites}
+    frozen = {
+        path: {name: leaf for name, leaf in leaves.items() if name not in scratch[path]}
+        for path, leaves in (adapter.frozen if store_outer else adapter.kept()).items()
+    }
     return {"trainable": adapter.trainable, "frozen": frozen}
 
 
@@ -157,7 +155,9 @@ def _drawn_again(adapter: Adapter, saved: dict[str, Factors]) -> dict[str, Facto
     """The frozen leaves that are not in the file and that an adapter's function depends on."""
     scratch = {site.target.path: site.method.scratch for site in adapter.sites}
     return {
-        path: {n: leaf for n, leaf in leaves.items() if n not in {*saved[path], *scratch[path]}}
+        path: {
+            n: leaf for n, leaf in leaves.items() if n not in {*saved.get(path, ()), *scratch[path]}
+        }
         for path, leaves in adapter.frozen.items()
     }
 

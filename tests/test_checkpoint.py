@@ -1,6 +1,7 @@
 """Saving while training goes on: what is saved, when it is there, and what a bad disk does."""
 
 import errno
+import logging
 import os
 import subprocess
 import sys
@@ -180,6 +181,28 @@ def test_what_the_disk_refuses_is_printed_by_no_thread(tmp_path):
     assert "File too large" in run.stdout
     assert run.stderr == ""
     assert not any(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())
+
+
+def quiet() -> tuple[Any, ...]:
+    """What decides on what Orbax and TensorStore print."""
+    return logging.getLogger("absl").level, sys.unraisablehook
+
+
+def test_what_the_process_prints_is_its_own_before_and_after(tmp_path):
+    own = quiet()
+    checkpoints = Checkpoints(tmp_path / "one")
+    assert quiet() == own
+    with checkpoints:
+        during = quiet()
+        assert during[0] == logging.CRITICAL
+        assert during[1] is not own[1]
+        with Checkpoints(tmp_path / "other"):
+            pass
+        assert quiet() == during
+    assert quiet() == own
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path / "one", lambda checkpoints: None)
+    assert quiet() == own
 
 
 def interrupted(folder: Path, save: Any) -> None:

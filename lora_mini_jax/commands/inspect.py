@@ -50,7 +50,9 @@ def inspect(options: Inspect) -> Report:
     adapter = jax.eval_shape(lambda p: draw(p, sites, 0), params)
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     trainable = sum(leaf.size for leaf in jax.tree.leaves(adapter.trainable))
-    stored = [leaf for site in sites for leaf in _stored(site, adapter)]
+    scratch = {site.target.path: site.method.scratch for site in sites}
+    stored = [leaf for path, leaves in adapter.kept().items() for name, leaf in leaves.items()
+              if name not in scratch[path]]  # fmt: skip
     report = {
         "model": options.model,
         "methods": [m.to_dict() for m in dict.fromkeys(site.method for site in sites)],
@@ -120,12 +122,6 @@ def kernel(site: Site, adapter: Adapter) -> Report:
         "frozen": sum(leaf.size for leaf in adapter.frozen[path].values()),
         "settings": _sizes(site),
     }
-
-
-def _stored(site: Site, adapter: Adapter) -> list[Any]:
-    """A kernel's frozen leaves that a saved adapter holds."""
-    leaves, method = adapter.frozen[site.target.path], site.method
-    return [leaves[name] for name in method.stored - method.scratch]
 
 
 def _sizes(site: Site) -> Report:

@@ -15,7 +15,7 @@ from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import new_folder, writing
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import COMPANIONS, resolve
-from lora_mini_jax.processes import on_host
+from lora_mini_jax.processes import on_host, together
 from lora_mini_jax.tree import dense
 
 
@@ -48,6 +48,7 @@ def save(
     source = None if tokenizer_from is None else resolve(tokenizer_from)
     tensors = dict(_hf_tensors(model, params, dtype))
     kept = next(iter(tensors.values())).dtype.name
+    together("model may be saved")  # or one process finds what another has written
     with new_folder(path) as folder:
         config = model.config.to_hf() | {"dtype": kept}
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -56,6 +57,7 @@ def save(
         for name in COMPANIONS:
             if source is not None and (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
+    together("model saved")
 
 
 def _hf_tensors(model: Any, params: dict, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:

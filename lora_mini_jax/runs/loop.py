@@ -122,14 +122,12 @@ def emptied(state: TrainState) -> TrainState:
         leaf.delete()
         return found
 
-    adapter, frozen = state.adapter, dict(state.adapter.frozen)
-    for site in adapter.sites:
-        if not site.owner:
-            own = frozen[site.target.path]
-            moved = {name: shape(own[name]) for name in site.method.stored}
-            frozen[site.target.path] = own | moved
-    trainable, opt_state = jax.tree.map(shape, (adapter.trainable, state.opt_state))
-    adapter = replace(adapter, trainable=trainable, frozen=frozen)
+    adapter = state.adapter
+    trainable, kept, opt_state = jax.tree.map(
+        shape, (adapter.trainable, adapter.kept(), state.opt_state)
+    )
+    moved = {path: adapter.frozen[path] | leaves for path, leaves in kept.items()}
+    adapter = replace(adapter, trainable=trainable, frozen=adapter.frozen | moved)
     return replace(state, adapter=adapter, opt_state=opt_state)
 
 
