@@ -19,6 +19,7 @@ from lora_mini_jax.peft.leaves import LEAVES
 from lora_mini_jax.peft.names import Names, Place, llama_names, places
 from lora_mini_jax.peft.tables import obstacle
 from lora_mini_jax.peft.targeting import family_tree, modules_to_save, target_modules
+from lora_mini_jax.processes import together
 from lora_mini_jax.transform import merge
 from lora_mini_jax.tree import dense, flatten, float32, unflatten
 
@@ -85,6 +86,7 @@ def save(
         with writing(folder):
             save_file(arrays, temporary / tensors.FILE, metadata={"format": "pt"})
         write_json(temporary / config.FILE, {**about, **settings})
+    together("adapter exported")
 
 
 def convert(
