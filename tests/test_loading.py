@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.load import measure, room, write_random
+from lora_mini_jax import models
 from lora_mini_jax.data.tokenizer_folder import OTHER_FILES
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models import Llama, LlamaConfig, load, save
@@ -76,6 +77,38 @@ def test_the_hub_is_asked_once_for_a_model(saved, monkeypatch):
     for revision in (None, None, "v2"):
         equal(load("somebody/llama-of-tests", revision=revision)[1], saved[1])
     assert asked == [("somebody/llama-of-tests", None), ("somebody/llama-of-tests", "v2")]
+
+
+ENCODER: dict[str, Any] = {"vocab_size": 19, "hidden_size": 16, "intermediate_size": 24,
+                           "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip
+ONCE = {
+    "llama": (Llama(replace(CONFIG, tie_word_embeddings=True)),
+              {"model.embed_tokens.weight": "lm_head.weight"}),
+    "gpt2": (models.GPT2(models.GPT2Config(vocab_size=19, n_embd=16, n_layer=1, n_head=2)),
+             {"transformer.wte.weight": "lm_head.weight"}),
+    "t5": (models.T5(models.T5Config(19, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2)),
+           {"shared.weight": "decoder.embed_tokens.weight"}),
+    "roberta": (models.Roberta(models.RobertaConfig(**ENCODER, task="masked-lm")),
+                {"roberta.embeddings.word_embeddings.weight": "lm_head.decoder.weight",
+                 "lm_head.bias": "lm_head.decoder.bias"}),
+}  # fmt: skip
+"""Models with tied tensors, and the other name of each."""
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_a_tied_tensor_is_read_under_either_name(name, tmp_path):
+    model, others = ONCE[name]
+    inputs = [jnp.ones((1, 2), jnp.int32)] * (2 if name == "t5" else 1)
+    params = model.init(jax.random.key(0), *inputs)["params"]
+    save(tmp_path / "m", model, params)
+    file = tmp_path / "m/model.safetensors"
+    moved = {others.get(key, key): tensor for key, tensor in load_file(file).items()}
+    save_file(moved, file)
+    equal(load(tmp_path / "m")[1], params)
+    twice = moved | {key: moved[other] + 1 for key, other in others.items()}
+    save_file(twice, file)
+    with pytest.raises(UserError, match="tied, yet not equal"):
+        load(tmp_path / "m")
 
 
 def test_every_parameter_goes_where_it_is_told(saved):

@@ -88,9 +88,7 @@ def load(
         drawn = lacking(family, slots, where, own.get("architectures") == hf["architectures"])
     read = [path for path in shapes if path not in drawn]
     expected = {name: shape for path in read for name, shape in slots[path].items()}
-    if hf.get("tie_word_embeddings") is True:  # then no file needs to hold a table twice
-        where |= {name: where[original] for name, original in family.copies.items()
-                  if name in expected and name not in where and original in where}  # fmt: skip
+    where |= _tied(family, where, expected, hf.get("tie_word_embeddings") is True)
     _check(folder, where, expected, family)
 
     place: Callable[[str], Any] = sharding if callable(sharding) else lambda name: sharding
@@ -115,6 +113,20 @@ def _slots(
     return dict.fromkeys(family.names(path, layers), one[::-1] if family.flips(path) else one)
 
 
+def _tied(
+    family: Family, where: dict[str, Tensor], expected: dict[str, tuple[int, ...]], tied: bool
+) -> dict[str, Tensor]:
+    """What the file has under another name alone: no file needs to hold a tied tensor twice.
+
+    Which of the names stays is up to who wrote it. ``tied``: ``config.json`` says so; a copy that
+    the model has no parameter for is tied whatever it says.
+    """
+    pairs = [pair for copy, original in family.copies.items() if tied or copy not in expected
+             for pair in ((copy, original), (original, copy))]  # fmt: skip
+    return {name: where[other] for name, other in pairs
+            if name in expected and name not in where and other in where}  # fmt: skip
+
+
 def _check(
     folder: Path, where: dict[str, Tensor], expected: dict[str, tuple[int, ...]], family: Family
 ) -> None:
@@ -128,7 +140,7 @@ def _check(
             original = family.copies.get(name)
             copy = original in where and same(tensor, where[original])
             if not copy and not re.search(family.ignored, name):
-                why = f" (tied, yet not equal to {original})" if original else ""
+                why = f" (tied, yet not equal to {original})" if original in where else ""
                 bad.append(f"extra {name}{why}")
         elif tensor.shape != expected[name]:
             bad.append(f"{name} is {tensor.shape}, not {expected[name]}")
