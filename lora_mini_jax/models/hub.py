@@ -96,6 +96,12 @@ def read_hf(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file} does not exist: give a Hugging Face model folder")
     hf = read_downloaded(file)
     ends = read_downloaded(further).get("eos_token_id") if further.is_file() else None
-    if not is_ids(tuple(ends) if isinstance(ends, list) else ends):
+    if not _are_ids(ends):
         raise UserError(f"{further}: eos_token_id={ends!r} is no token id; correct it")
-    return hf if ends is None else hf | {"eos_token_id": ends}
+    # What is wrong in config.json stays there, for its reader to say.
+    known = ends is not None and _are_ids(hf.get("eos_token_id"))
+    return hf | {"eos_token_id": ends} if known else hf
+
+
+def _are_ids(value: Any) -> bool:
+    return is_ids(tuple(value) if isinstance(value, list) else value)
