@@ -23,6 +23,7 @@ OTHER_FILES = (
     "vocab.json",
     "spiece.model",
     "spm.model",
+    "sentencepiece.bpe.model",
 )
 
 
