@@ -14,6 +14,7 @@ A run that is finished is not run again, so an interrupted experiment goes on. W
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -71,6 +72,9 @@ class Options:
     """The first does the choosing."""
     grid: tuple[float, ...] = (0.5, 1.5)
     """Learning rates to choose from, as multiples of the centre."""
+    only: str = ""
+    """A regular expression: methods that it does not match stay as they were found before. Wants a
+    ``work`` folder of its own, for a comparison goes on with the same methods only."""
 
 
 def main(options: Options) -> None:
@@ -79,10 +83,18 @@ def main(options: Options) -> None:
     jax.config.update("jax_compilation_cache_dir", str((options.work / "compiled").absolute()))
     prepare = {"e2e": prepare_e2e, "trec": prepare_trec}[options.task]
     files = prepare(options.data, options.work / options.task)
-    found = {"pretrained": measure(options, str(options.model), files, tuple(ARMS))}
-    write(options, found)
-    found["random"] = measure(options, random_base(options), files, CONTROL)
-    write(options, found)
+    found: dict[str, Row] = read_json(result(options))["bases"] if options.only else {}
+    for name, arms in (("pretrained", tuple(ARMS)), ("random", CONTROL)):
+        base = str(options.model) if name == "pretrained" else random_base(options)
+        chosen = tuple(arm for arm in arms if re.search(options.only, arm))
+        if chosen:
+            found[name] = found.get(name, {}) | measure(options, base, files, chosen)
+            write(options, found)
+
+
+def result(options: Options) -> Path:
+    """Where the results are."""
+    return options.out / f"compare_{options.task}.json"
 
 
 def measure(options: Options, base: str, files: dict[str, str], arms: tuple[str, ...]) -> Row:
@@ -203,7 +215,7 @@ def written(work: Path, *parts: list[Row]) -> dict[str, str]:
 
 def write(options: Options, found: dict[str, Row]) -> None:
     """The results as JSON, as a table, and as pictures of quality against three costs."""
-    path = options.out / f"compare_{options.task}.json"
+    path = result(options)
     shared = {"task": options.task, "model": options.model.name, "budget": options.budget}
     write_json(path, {**shared, "seeds": options.seeds, "grid": options.grid, "bases": found})
     write_text(path.with_suffix(".md"), table(read_json(path)["bases"]))

@@ -12,7 +12,7 @@ import pytest
 from lora_mini_jax.options import Finetune
 from tests.runs import options
 
-KILLS = 20
+KILLS = 12
 PRELOAD = ["lora_mini_jax.runs.finetune", "orbax.checkpoint", "matplotlib.figure", "tests.runs"]
 
 

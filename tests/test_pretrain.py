@@ -276,7 +276,7 @@ def test_sizes_make_the_model(place, tmp_path, capsys):
         (["--data", "nowhere", "--method", "lora", "--rank", "999"], "rank 999 exceeds"),
         (["--data", "x", "--method", "lora", "--reset-every", "9"], "lora has no option"),
         (["--data", "x", "--rank", "9"], "full has no option rank"),
-        (["--data", "x", "--method", "diffora"], "'relora', 'switchlora'"),
+        (["--data", "x", "--method", "diffora"], "lora, relora or switchlora"),
         (["--data", "x", "--steps", "0"], "--steps is 0: give a whole number from 1"),
         (["--data", "x", "--held-out", "2"], "--held-out is 2.0: give a number from 0 to 1"),
         (["--data", "x", "--hidden-size", "30"], "hidden_size=30 is not a multiple of"),
