@@ -87,6 +87,19 @@ class Adapter:
             if (names := site.method.stored) and not site.owner
         }
 
+    def with_kept(self, kept: Mapping[str, Factors]) -> "Adapter":
+        """The same adapter with others in the place of the leaves that `kept` gives."""
+        changed = {path: self.frozen[path] | leaves for path, leaves in kept.items()}
+        return replace(self, frozen=self.frozen | changed)
+
+    def without_scratch(self, leaves: Mapping[str, Factors]) -> dict[str, Factors]:
+        """Leaves by path, but for those that only training needs (`Method.scratch`)."""
+        scratch = {site.target.path: site.method.scratch for site in self.sites}
+        return {
+            path: {name: leaf for name, leaf in own.items() if name not in scratch[path]}
+            for path, own in leaves.items()
+        }
+
 
 def init(
     params: Mapping[str, Any],

@@ -90,11 +90,7 @@ def check_used(sites: Mapping[str, Site], used: Collection[str]) -> None:
 
 def _used(adapter: Adapter) -> dict[str, dict[str, Array]]:
     """The factors without those that only training needs: they need not ride through a scan."""
-    found = adapter.factors()
-    for site in adapter.sites:
-        own = found[site.target.path]
-        found[site.target.path] = {n: x for n, x in own.items() if n not in site.method.scratch}
-    return found
+    return adapter.without_scratch(adapter.factors())
 
 
 def _shifted(params: Mapping[str, Any], adapter: Adapter, factors: Any) -> dict[str, Any]:

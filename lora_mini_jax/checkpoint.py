@@ -11,7 +11,6 @@ import sys
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +199,5 @@ def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
 def _restored(state: TrainState, tree: dict[str, Any]) -> TrainState:
     adapter: Adapter = state.adapter.with_trainable(tree["trainable"])
     opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), tree["opt_state"])
-    moved = {path: adapter.frozen[path] | leaves for path, leaves in tree["frozen"].items()}
-    adapter = replace(adapter, frozen=adapter.frozen | moved)
+    adapter = adapter.with_kept(tree["frozen"])
     return TrainState(tree["step"], adapter, opt_state, tree["key"])

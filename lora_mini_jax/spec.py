@@ -60,6 +60,18 @@ def to_pairs(settings: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"{n}={v if isinstance(v, str) else json.dumps(v)}" for n, v in settings.items())
 
 
+def to_spec(method: Mapping[str, Any], form: str = "{}:{}") -> str:
+    """A method's `to_dict` as people write it, and as `split_spec` reads it.
+
+    Example:
+        >>> to_spec({"method": "diffora", "inner": {"method": "lora", "rank": 4}, "rho": 0.5})
+        'diffora:inner=lora(rank=4),rho=0.5'
+    """
+    given = {n: v for n, v in method.items() if n != "method" and v is not None}
+    inner = {n: to_spec(v, "{}({})") for n, v in given.items() if isinstance(v, Mapping)}
+    return form.format(method["method"], ",".join(to_pairs(given | inner)))
+
+
 def _split(text: str) -> list[str]:
     """At the commas that are not within brackets."""
     parts, depth = [""], 0

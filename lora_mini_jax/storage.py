@@ -143,22 +143,15 @@ def _rounded(params: Mapping[str, Any], record: Record) -> Mapping[str, Any]:
 
 def _stored(adapter: Adapter, store_outer: bool) -> dict[str, dict[str, Factors]]:
     """The leaves that go into the file."""
-    scratch = {site.target.path: site.method.scratch for site in adapter.sites}
-    frozen = {
-        path: {name: leaf for name, leaf in leaves.items() if name not in scratch[path]}
-        for path, leaves in (adapter.frozen if store_outer else adapter.kept()).items()
-    }
+    frozen = adapter.without_scratch(adapter.frozen if store_outer else adapter.kept())
     return {"trainable": adapter.trainable, "frozen": frozen}
 
 
 def _drawn_again(adapter: Adapter, saved: dict[str, Factors]) -> dict[str, Factors]:
     """The frozen leaves that are not in the file and that an adapter's function depends on."""
-    scratch = {site.target.path: site.method.scratch for site in adapter.sites}
     return {
-        path: {
-            n: leaf for n, leaf in leaves.items() if n not in {*saved.get(path, ()), *scratch[path]}
-        }
-        for path, leaves in adapter.frozen.items()
+        path: {name: leaf for name, leaf in leaves.items() if name not in saved.get(path, ())}
+        for path, leaves in adapter.without_scratch(adapter.frozen).items()
     }
 
 

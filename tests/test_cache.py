@@ -71,7 +71,7 @@ def entries(folder: Path) -> list[str]:
 class Bytes:
     """A tokenizer of bytes; ``fails`` is the text at which it raises."""
 
-    opening, eos_id, vocab_size, fails = [257], 256, 258, "-"
+    opening, closing, vocab_size, fails = [257], [256], 258, "-"
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         if any(self.fails in text for text in texts):

@@ -11,12 +11,12 @@ import pytest
 
 from lora_mini_jax import UserError, cli
 from lora_mini_jax.cli import main, parse
-from lora_mini_jax.commands.methods import spec
 from lora_mini_jax.methods import METHODS, from_dict, from_spec
 from lora_mini_jax.options import Compare, Finetune, Generate, to_json
 from lora_mini_jax.options.paths import local
 from lora_mini_jax.plan import plan
 from lora_mini_jax.selection import select
+from lora_mini_jax.spec import to_spec
 from lora_mini_jax.tree import Target
 from tests.encoder_runs import write_encoder
 from tests.test_cli import refused
@@ -303,7 +303,7 @@ def test_what_a_file_gives_is_not_missing(file, capsys):
 def test_a_method_is_shown_as_it_is_given_to_compare(name):
     inner = {"inner": "lora-mini(rank=4,a=16)"} if name == "diffora" else {}
     method = from_dict({"method": name, **inner})
-    shown = spec(method.to_dict())
+    shown = to_spec(method.to_dict())
     assert from_spec(shown) == method
     assert Compare(methods=(shown,)).run_options(shown, 0).adapter_method() == method
 

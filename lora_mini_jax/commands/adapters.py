@@ -30,19 +30,19 @@ def run_generate(options: Generate, say: Callable[[str], None] = print) -> list[
     """
     folder = resolve(base_of(options.model, options.adapter))
     answers = type(load_module(folder)) is T5
-    given = options.adapter
-    model, params = load(folder) if given is None else load_for(given, folder)
-    tokenizer = load_tokenizer(folder)
-    adapter: Adapter | None = None
-    if options.adapter is not None:
-        allow = options.allow_different_base
-        adapter = storage.load(options.adapter, params, allow_different_base=allow)
     if answers and options.chat:
         raise UserError(
             "--chat is for decoders with a chat template, and a T5 has none: leave it out"
         )
+    tokenizer = load_tokenizer(folder)
     ids = tokenizer.chat_prompt if options.chat else tokenizer.prompt
     prompts = source_ids(tokenizer, options.prompt) if answers else list(map(ids, options.prompt))
+    given = options.adapter
+    model, params = load(folder) if given is None else load_for(given, folder)
+    adapter: Adapter | None = None
+    if options.adapter is not None:
+        allow = options.allow_different_base
+        adapter = storage.load(options.adapter, params, allow_different_base=allow)
     written = generate(
         model,
         params,

@@ -9,12 +9,12 @@ import jax
 
 from lora_mini_jax import sharding
 from lora_mini_jax.absent import simulated, slice_of, uncached
-from lora_mini_jax.commands.methods import spec
 from lora_mini_jax.data import Batches
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.footprint import Footprint, footprint, placed
 from lora_mini_jax.options import PlanStep
 from lora_mini_jax.runs.schedule import of_length, optimizer
+from lora_mini_jax.spec import to_spec
 from lora_mini_jax.tasks.abstract import abstract_task
 from lora_mini_jax.tasks.task import all_targets
 
@@ -79,7 +79,7 @@ def text(report: Report) -> str:
     sizes = " x ".join(f"{name} {size}" for name, size in report["mesh"].items())
     lines = [
         f"model        {report['model']}, {report['model_parameters']:,} parameters",
-        *(f"method       {spec(method)}" for method in report["methods"]),
+        *(f"method       {to_spec(method)}" for method in report["methods"]),
         f"trained      {report['trainable']:,}",
         f"batch        {report['rows']} x {report['length']} tokens, {report['dtype']}"
         f", remat {report['remat']}"

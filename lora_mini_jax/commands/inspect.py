@@ -14,13 +14,13 @@ import optax
 
 from lora_mini_jax import linen
 from lora_mini_jax.adapter import Adapter, draw
-from lora_mini_jax.commands.methods import spec
 from lora_mini_jax.flops import dot_flops
 from lora_mini_jax.hardware import without_kernels
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import load_module
 from lora_mini_jax.options import Inspect
 from lora_mini_jax.plan import Site
+from lora_mini_jax.spec import to_spec
 from lora_mini_jax.tasks.language import check_length
 from lora_mini_jax.tasks.task import all_targets, sites_among
 from lora_mini_jax.train import TrainState, make_train_step
@@ -50,9 +50,7 @@ def inspect(options: Inspect) -> Report:
     adapter = jax.eval_shape(lambda p: draw(p, sites, 0), params)
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     trainable = sum(leaf.size for leaf in jax.tree.leaves(adapter.trainable))
-    scratch = {site.target.path: site.method.scratch for site in sites}
-    stored = [leaf for path, leaves in adapter.kept().items() for name, leaf in leaves.items()
-              if name not in scratch[path]]  # fmt: skip
+    stored = jax.tree.leaves(adapter.without_scratch(adapter.kept()))
     report = {
         "model": options.model,
         "methods": [m.to_dict() for m in dict.fromkeys(site.method for site in sites)],
@@ -175,7 +173,7 @@ def text(report: Report) -> str:
     share, total = report["trainable_share"], report["model_parameters"]
     lines += [
         "",
-        *(f"method            {spec(method)}" for method in report["methods"]),
+        *(f"method            {to_spec(method)}" for method in report["methods"]),
         f"kernels           {len(report['kernels'])}",
         f"trained           {report['trainable']:,} of {total:,} ({share:.3%})",
         f"frozen outer      {report['frozen_outer']:,} (saved with the adapter: "

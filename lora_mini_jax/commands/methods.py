@@ -1,13 +1,10 @@
 """Every method there is, for a terminal."""
 
-from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import Any
 
 from lora_mini_jax.method import Method
 from lora_mini_jax.methods import METHODS
 from lora_mini_jax.options import Methods
-from lora_mini_jax.spec import to_pairs
 
 
 def run_methods(options: Methods) -> None:
@@ -26,15 +23,3 @@ def _default(method: type[Method], name: str) -> str:
         return ""
     with_data = method.with_data({})
     return f" {default}" + (f" (finetune: {with_data[name]})" if name in with_data else "")
-
-
-def spec(method: Mapping[str, Any], form: str = "{}:{}") -> str:
-    """A method's `to_dict` as people write it, and as ``compare --methods`` takes it.
-
-    Example:
-        >>> spec({"method": "diffora", "inner": {"method": "lora", "rank": 4}, "rho": 0.5})
-        'diffora:inner=lora(rank=4),rho=0.5'
-    """
-    given = {n: v for n, v in method.items() if n != "method" and v is not None}
-    inner = {n: spec(v, "{}({})") for n, v in given.items() if isinstance(v, Mapping)}
-    return form.format(method["method"], ",".join(to_pairs(given | inner)))

@@ -173,12 +173,11 @@ def _completions(
     prompts: list[str] | None, completions: list[str], tokenizer: Tokenizer
 ) -> list[Example]:
     """Examples of the first two forms: a text is a completion that has no prompt."""
-    closing = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     before = [[]] * len(completions) if prompts is None else tokenizer.encode_batch(prompts)
     examples = []
     for prompt, completion in zip(before, tokenizer.encode_batch(completions), strict=True):
         given = tokenizer.opening + prompt
-        answer = completion + closing
+        answer = completion + tokenizer.closing
         examples.append(_example(given + answer, [False] * len(given) + [True] * len(answer)))
     return examples
 

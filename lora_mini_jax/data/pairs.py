@@ -41,7 +41,7 @@ def source_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
         >>> source_ids(tokenizer, ["hi"])
         [[1, 0]]
     """
-    return [ids + _end(tokenizer) for ids in tokenizer.encode_batch(texts)]
+    return [ids + tokenizer.closing for ids in tokenizer.encode_batch(texts)]
 
 
 def encode_pairs(
@@ -112,7 +112,7 @@ def pair_stream(
                             "name those to use as prompt_field and completion_field")  # fmt: skip
         prompts = strings(chunk, fields.prompt_field, source, first)
         completions = strings(chunk, fields.completion_field, source, first)
-        read, end = source_ids(tokenizer, prompts), _end(tokenizer)
+        read, end = source_ids(tokenizer, prompts), tokenizer.closing
         written = [[start_id, *ids, *end] for ids in tokenizer.encode_batch(completions)]
         part = _fit(read, written, end, max_length, overlong, source, first)
         seen, kept = seen + len(chunk), kept + len(part.examples)
@@ -148,7 +148,3 @@ def _fit(
             read = read[: max_length - len(end)] + end
         pairs.append(Pair(np.array(read, np.int32), np.array(written[:max_length], np.int32)))
     return EncodedPairs(pairs, len(sources) - len(pairs), truncated)
-
-
-def _end(tokenizer: Tokenizer) -> list[int]:
-    return [] if tokenizer.eos_id is None else [tokenizer.eos_id]

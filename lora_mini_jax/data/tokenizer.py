@@ -56,6 +56,11 @@ class Tokenizer:
         """What opens a document: bos, or nothing."""
         return [] if self.bos_id is None else [self.bos_id]
 
+    @property
+    def closing(self) -> list[int]:
+        """What ends one: eos, or nothing."""
+        return [] if self.eos_id is None else [self.eos_id]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of each text, on all cores."""
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)

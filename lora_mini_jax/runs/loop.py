@@ -126,8 +126,7 @@ def emptied(state: TrainState) -> TrainState:
     trainable, kept, opt_state = jax.tree.map(
         shape, (adapter.trainable, adapter.kept(), state.opt_state)
     )
-    moved = {path: adapter.frozen[path] | leaves for path, leaves in kept.items()}
-    adapter = replace(adapter, trainable=trainable, frozen=adapter.frozen | moved)
+    adapter = adapter.with_trainable(trainable).with_kept(kept)
     return replace(state, adapter=adapter, opt_state=opt_state)
 
 
