@@ -63,6 +63,11 @@ def told_of_devices() -> Generator[None]:
         ) from None
 
 
+def flag(name: str) -> str:
+    """An option as it is typed: ``output_dir`` as ``--output-dir``."""
+    return f"--{name.replace('_', '-')}"
+
+
 def meant(word: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown ``word``: those known ones that may have been meant, by
     their letters or, of several parts, by their initials; or nothing.

@@ -34,11 +34,11 @@ def run_generate(options: Generate, say: Callable[[str], None] = print) -> list[
         raise UserError(
             "--chat is for decoders with a chat template, and a T5 has none: leave it out"
         )
+    given = options.adapter
+    model, params = load(folder) if given is None else load_for(given, folder)
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.chat_prompt if options.chat else tokenizer.prompt
     prompts = source_ids(tokenizer, options.prompt) if answers else list(map(ids, options.prompt))
-    given = options.adapter
-    model, params = load(folder) if given is None else load_for(given, folder)
     adapter: Adapter | None = None
     if options.adapter is not None:
         allow = options.allow_different_base

@@ -2,6 +2,7 @@
 
 from dataclasses import MISSING, fields
 
+from lora_mini_jax.errors import flag
 from lora_mini_jax.method import Method
 from lora_mini_jax.methods import METHODS
 from lora_mini_jax.options import Methods
@@ -11,7 +12,7 @@ def run_methods(options: Methods) -> None:
     """Print every method with what it is, its settings and their defaults."""
     for name, method in METHODS.items():
         shown = [n for n in method.field_names() if n != "dropout" or method.takes_dropout]
-        flags = [f"--{n.replace('_', '-')}{_default(method, n)}" for n in shown]
+        flags = [f"{flag(n)}{_default(method, n)}" for n in shown]
         summary = (method.__doc__ or "").partition("\n")[0].replace("``", "")
         print(f"{name}: {summary}\n    {'  '.join(flags) or '(no settings)'}")
 

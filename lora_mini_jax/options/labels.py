@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.errors import UserError, flag
 from lora_mini_jax.tasks.glue import LABEL, TASKS
 
 METRICS: dict[str, tuple[str, ...]] = {
@@ -57,7 +57,7 @@ class LabelOptions:
         given = [n for n in foreign if getattr(self, n) != defaults.get(n, getattr(self, n))]
         if given:
             other = "classification or regression" if language else "language"
-            raise UserError(f"--{given[0].replace('_', '-')} goes with --task {other}, not with "
+            raise UserError(f"{flag(given[0])} goes with --task {other}, not with "
                             f"{self.task}: leave it out, or give another --task")  # fmt: skip
         if self.selects_by not in METRICS[self.task]:
             raise UserError(f"--metric {self.metric} does not measure {self.task}: choose one of "

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.errors import UserError, flag
 
 COUNT, POSITIVE, LIMIT, NOT_NEGATIVE, SHARE, SEED = (
     "a whole number from 1",
@@ -31,7 +31,7 @@ def wrong_numbers(options: Any, allowed: Mapping[str, str]) -> list[str]:
         given = getattr(options, name)
         for value in given if isinstance(given, tuple) else (given,):
             if value is not None and not _FITS[kind](value):
-                found.append(f"--{name.replace('_', '-')} is {value}: give {kind}")
+                found.append(f"{flag(name)} is {value}: give {kind}")
     return found
 
 

@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.errors import UserError, flag
 from lora_mini_jax.files import is_address
 
 PATHS = ("model", "adapter", "data", "valid", "tokenizer", "shape", "output_dir", "output",
@@ -24,8 +24,7 @@ def local(options: Any) -> Any:
     for name in sorted({field.name for field in fields(options)} & {*PATHS}):
         value = getattr(options, name)
         given = value if isinstance(value, tuple) else (value,)
-        flag = f"--{name.replace('_', '-')}"
-        wrong += [f"{flag} {path}" for path in given if path and is_address(path)]
+        wrong += [f"{flag(name)} {path}" for path in given if path and is_address(path)]
         found = tuple(map(_at_home, given))
         if found != given:
             changed[name] = found if isinstance(value, tuple) else found[0]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.errors import UserError, flag
 from lora_mini_jax.options.adapter import MethodOptions
 from lora_mini_jax.options.numbers import (
     COUNT,
@@ -88,12 +88,10 @@ class Training(MethodOptions):
             wrong.append(
                 f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}"
             )
-        numbers = {f"--{n}": getattr(self, n) for n in ("processes", "process")}
-        given = [f"{flag} {number}" for flag, number in numbers.items() if number is not None]
+        numbers = {"processes": self.processes, "process": self.process}
+        given = [f"{flag(name)} {n}" for name, n in numbers.items() if n is not None]
         if given and self.coordinator in (None, "auto"):
-            said = (
-                "without --coordinator" if self.coordinator is None else "with --coordinator auto"
-            )
+            said = "with --coordinator auto" if self.coordinator else "without --coordinator"
             wrong.append(f"{' '.join(given)} {said} says nothing: give --coordinator host:port of "
                          "process 0, or leave it out")  # fmt: skip
         if wrong:

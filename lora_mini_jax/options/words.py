@@ -9,7 +9,7 @@ from itertools import dropwhile, pairwise, takewhile
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from lora_mini_jax.errors import UserError, meant
+from lora_mini_jax.errors import UserError, flag, meant
 from lora_mini_jax.options.adapter import BASE, MethodOptions
 
 
@@ -74,7 +74,7 @@ def unknown(words: Sequence[str], cls: Any) -> str:
     names = {*kinds, "help", *(f"no-{name}" for name, kind in kinds.items() if kind is bool)}
     if issubclass(cls, MethodOptions):
         names |= set(cls.setting_kinds())
-    flags = {f"--{name.replace('_', '-')}" for name in names}
+    flags = set(map(flag, names))
     given = dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("--"))
     said = [f"{word}{meant(word, flags)}" for word in given if word.replace("_", "-") not in flags]
     return f"no such option: {', '.join(said)}" if said else ""
@@ -88,7 +88,7 @@ def mistakes(words: Sequence[str], cls: Any, default: Any = None) -> str:
     given = {_flag(word) for word in words if word.startswith("--")}
     need = [f.name for f in fields(cls) if f.default is MISSING and f.name not in given]
     need = [name for name in need if getattr(default, name, REQUIRED) is REQUIRED]
-    lacking = f"missing: {', '.join(map(_option, need))}" if need else ""
+    lacking = f"missing: {', '.join(map(flag, need))}" if need else ""
     # An option that is not known may be a required one that is written wrongly.
     said = [unknown(words, cls) or lacking, *_no_choices(words, cls)]
     return "; ".join(filter(None, said))
@@ -105,7 +105,7 @@ def _no_choices(words: Sequence[str], cls: Any) -> list[str]:
         no_value = not equals and value.startswith("--")
         if choices and value not in choices and not none and not no_value:
             *others, last = choices
-            found.append(f"{_option(name)} is {value!r}: choose {', '.join(others)} or {last}")
+            found.append(f"{flag(name)} is {value!r}: choose {', '.join(others)} or {last}")
     return found
 
 
@@ -119,11 +119,6 @@ def _choices(kind: Any) -> tuple[str, ...]:
     if get_origin(kind) is Literal:
         return get_args(kind)
     return next(filter(None, map(_choices, get_args(kind))), ())
-
-
-def _option(name: str) -> str:
-    """``output_dir`` as ``--output-dir``."""
-    return f"--{name.replace('_', '-')}"
 
 
 def _flag(word: str) -> str:

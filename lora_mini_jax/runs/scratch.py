@@ -18,7 +18,7 @@ from lora_mini_jax.data import (
     thinned,
 )
 from lora_mini_jax.devices import Devices
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.errors import UserError, flag
 from lora_mini_jax.methods import Full
 from lora_mini_jax.models import Llama, LlamaConfig
 from lora_mini_jax.models.hub import load_decoder_config
@@ -68,7 +68,7 @@ def shape(options: Pretrain, tokenizer: Tokenizer) -> LlamaConfig:
         config = replace(config, **sizes, **ids)
     except UserError as error:  # which takes them for a file's
         said = str(error).removesuffix("; correct config.json")
-        flags = " ".join(f"--{n.replace('_', '-')} {v}" for n, v in options.sizes().items())
+        flags = " ".join(f"{flag(n)} {v}" for n, v in options.sizes().items())
         raise UserError(f"{flags}, the rest as in {options.shape}: {said}; give others") from None
     check_length(options.max_length, config)
     if tokenizer.vocab_size > config.vocab_size:
