@@ -136,8 +136,8 @@ def stepping(o: Options, folder: Path) -> dict[str, Any]:
     from lora_mini_jax import LoRAMini, TrainState, init, linen, make_train_step
     from lora_mini_jax.data import next_tokens, summed
     from lora_mini_jax.data.prefetch import prefetched
-    from lora_mini_jax.devices import Devices
     from lora_mini_jax.models import Llama, LlamaConfig
+    from lora_mini_jax.tasks.devices import Devices
 
     model = Llama(LlamaConfig(
         vocab_size=2048, hidden_size=o.width, intermediate_size=2 * o.width,

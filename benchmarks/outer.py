@@ -21,10 +21,10 @@ import optax
 from benchmarks.llama import drawn, llama
 from benchmarks.row import Options
 from lora_mini_jax import LoRAMini, TrainState, linen, make_train_step, select, sharding
-from lora_mini_jax.adapter import draw
+from lora_mini_jax.adapters.adapter import draw
+from lora_mini_jax.adapters.sites import plan
 from lora_mini_jax.files import write_json
-from lora_mini_jax.footprint import footprint
-from lora_mini_jax.plan import plan
+from lora_mini_jax.forecast.footprint import footprint
 
 HERE = Path(__file__).parent
 SIZE, ROUNDS = Options(layers=4, width=512, ff=1408, length=256), 9

@@ -23,8 +23,8 @@ from benchmarks.machine import about
 from benchmarks.profile import recorded
 from benchmarks.row import failure
 from lora_mini_jax import hardware
+from lora_mini_jax.algebra.hopper import product_plus_thin
 from lora_mini_jax.files import write_json
-from lora_mini_jax.hopper import product_plus_thin
 from lora_mini_jax.models.attention import attend
 from lora_mini_jax.models.cudnn_attention import by_cudnn
 from lora_mini_jax.models.masks import Seen

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.flops import step_flops
+from lora_mini_jax.forecast.flops import step_flops
 
 COLUMNS: dict[str, tuple[str, float, str]] = {
     "step_ms": ("step ms", 1, ".1f"), "step_ms_q1": ("q1", 1, ".1f"),

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import optax
 
-from lora_mini_jax.adapter import Adapter, as_key
-from lora_mini_jax.choice import gated
+from lora_mini_jax.adapters.adapter import Adapter, as_key
+from lora_mini_jax.adapters.sites import Site, check
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.plan import Site, check
-from lora_mini_jax.train import LossFn
+from lora_mini_jax.search.choice import gated
+from lora_mini_jax.training.train import LossFn
 
 
 def random_choice(adapter: Adapter, seed: int) -> dict[str, float]:

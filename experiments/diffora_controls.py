@@ -25,19 +25,19 @@ import optax
 import tyro
 
 from experiments.controls import at_budget, by_gradient_norm, random_choice
-from lora_mini_jax.adapter import Adapter, count, draw
-from lora_mini_jax.choice import discretise, openings
+from lora_mini_jax.adapters.adapter import Adapter, count, draw
+from lora_mini_jax.adapters.sites import Site, plan
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import read_json, write_json, write_text
 from lora_mini_jax.methods import DiffoRA, LoRA
 from lora_mini_jax.methods.diffora import Relaxation
 from lora_mini_jax.options import Finetune
-from lora_mini_jax.plan import Site, plan
 from lora_mini_jax.runs.loop import make_evaluate
 from lora_mini_jax.runs.schedule import optimizer
-from lora_mini_jax.search import halves, make_search_step, search_state
+from lora_mini_jax.search.choice import discretise, openings
+from lora_mini_jax.search.search import halves, make_search_step, search_state
 from lora_mini_jax.tasks.task import Task, prepare
-from lora_mini_jax.train import TrainState, make_train_step
+from lora_mini_jax.training.train import TrainState, make_train_step
 
 SEARCHED = "DiffoRA"
 CONTROLS = ("random choice", "gradient norm", "all at a lower rank", "DiffoRA's choice, fresh")

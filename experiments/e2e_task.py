@@ -11,8 +11,8 @@ import numpy as np
 import optax
 
 from lora_mini_jax import TrainState, linen, make_train_step
-from lora_mini_jax.adapter import Adapter, draw
-from lora_mini_jax.calibration import calibrate
+from lora_mini_jax.adapters.adapter import Adapter, draw
+from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.data import (
     Batches,
     Fields,
@@ -24,8 +24,8 @@ from lora_mini_jax.data import (
     token_loss,
 )
 from lora_mini_jax.models import load
-from lora_mini_jax.plan import Site
 from lora_mini_jax.selection import select
+from lora_mini_jax.training.calibration import calibrate
 
 CALIBRATION_BATCHES = 8
 

@@ -21,9 +21,9 @@ import numpy as np
 import tyro
 
 from experiments.e2e_task import Losses, Task, TaskOptions
+from lora_mini_jax.adapters.sites import Site, plan
 from lora_mini_jax.files import read_json, write_json
 from lora_mini_jax.methods import from_dict
-from lora_mini_jax.plan import Site, plan
 from lora_mini_jax.selection import select
 
 GRID = [float(f"{digit}e{power}") for power in range(-5, 2) for digit in (1, 2, 5)]

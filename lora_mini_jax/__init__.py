@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from lora_mini_jax import linen, methods, models, nnx, peft
     from lora_mini_jax import quantized as quantized
     from lora_mini_jax import sharding as sharding
-    from lora_mini_jax.adapter import Adapter, count, init
-    from lora_mini_jax.banks import bank, mixed
-    from lora_mini_jax.calibration import calibrate
-    from lora_mini_jax.combination import combine
+    from lora_mini_jax.adapters.adapter import Adapter, count, init
+    from lora_mini_jax.adapters.banks import bank, mixed
+    from lora_mini_jax.adapters.combination import combine
+    from lora_mini_jax.adapters.transform import join, merge, split, unmerge
     from lora_mini_jax.errors import UserError
     from lora_mini_jax.generation.generate import generate
     from lora_mini_jax.method import Method
     from lora_mini_jax.methods import LoRA, LoRAMini
-    from lora_mini_jax.optim import freeze, trainable_mask
+    from lora_mini_jax.saved.storage import load, save
     from lora_mini_jax.selection import select
-    from lora_mini_jax.storage import load, save
-    from lora_mini_jax.train import TrainState, make_train_step
-    from lora_mini_jax.transform import join, merge, split, unmerge
+    from lora_mini_jax.training.calibration import calibrate
+    from lora_mini_jax.training.optim import freeze, trainable_mask
+    from lora_mini_jax.training.train import TrainState, make_train_step
     from lora_mini_jax.tree import Target, parameters
 
 __version__ = "0.1.0"
@@ -39,19 +39,19 @@ __version__ = "0.1.0"
 # Where each public name lives. They are imported at their first use, so that the command line can
 # print its help without waiting for JAX.
 _HOMES = {
-    "adapter": ("Adapter", "count", "init"),
-    "banks": ("bank", "mixed"),
-    "calibration": ("calibrate",),
-    "combination": ("combine",),
+    "adapters.adapter": ("Adapter", "count", "init"),
+    "adapters.banks": ("bank", "mixed"),
+    "adapters.combination": ("combine",),
+    "adapters.transform": ("join", "merge", "split", "unmerge"),
     "errors": ("UserError",),
     "generation.generate": ("generate",),
     "method": ("Method",),
     "methods": ("LoRA", "LoRAMini"),
-    "optim": ("freeze", "trainable_mask"),
-    "storage": ("load", "save"),
-    "train": ("TrainState", "make_train_step"),
-    "transform": ("join", "merge", "split", "unmerge"),
+    "saved.storage": ("load", "save"),
     "selection": ("select",),
+    "training.calibration": ("calibrate",),
+    "training.optim": ("freeze", "trainable_mask"),
+    "training.train": ("TrainState", "make_train_step"),
     "tree": ("Target", "parameters"),
 }
 _MODULES = ("checkpoint", "data", "hardware", "linen", "methods", "models", "nnx", "peft",

@@ -16,11 +16,11 @@ from typing import Any
 
 import jax
 
-from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import is_address, writes, writing
 from lora_mini_jax.processes import is_of_xla, together
-from lora_mini_jax.train import TrainState
+from lora_mini_jax.training.train import TrainState
 
 
 class Checkpoints:

@@ -27,10 +27,10 @@ import jax
 from flax.core.scope import CollectionFilter, in_filter, subtract_filters
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_mini_jax import beside, hardware
-from lora_mini_jax.adapter import Adapter
-from lora_mini_jax.tree import Target, check_unboxed, flatten, traced
-from lora_mini_jax.views import (
+from lora_mini_jax import hardware
+from lora_mini_jax.adapters.adapter import Adapter
+from lora_mini_jax.call import beside
+from lora_mini_jax.call.views import (
     RULES,
     Rule,
     Rules,
@@ -43,6 +43,7 @@ from lora_mini_jax.views import (
     transposed_dense,
     view_of,
 )
+from lora_mini_jax.tree import Target, check_unboxed, flatten, traced
 
 __all__ = [
     "Rule",

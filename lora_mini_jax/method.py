@@ -15,9 +15,9 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.checks import require_number
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.settings import Settings
+from lora_mini_jax.settings.checks import require_number
+from lora_mini_jax.settings.settings import Settings
 
 Factors = dict[str, jax.Array]
 """A kernel's adapter leaves by name, trainable and frozen ones together."""
@@ -57,7 +57,7 @@ class Method(Settings, ABC):
         One trained vector between random factors. `low_rank.Product` gives what follows from the
         matrices; a method of another form gives the abstract functions below itself.
 
-        >>> from lora_mini_jax.low_rank import Product
+        >>> from lora_mini_jax.algebra.low_rank import Product
         >>> @dataclass(frozen=True)
         ... class Middle(Product):
         ...     name = "middle"

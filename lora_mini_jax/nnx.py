@@ -16,12 +16,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lora_mini_jax import beside, views
-from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.adapters.adapter import Adapter
+from lora_mini_jax.call import beside, views
+from lora_mini_jax.call.views import Rules, View
+from lora_mini_jax.call.watched import name_of, watch
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.tree import Target, flatten, traced, unflatten
-from lora_mini_jax.views import Rules, View
-from lora_mini_jax.watched import name_of, watch
 
 __all__ = ["adapt", "dense_general", "einsum", "parameters", "targets", "update"]
 

@@ -23,11 +23,11 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lora_mini_jax.adapter import Adapter
-from lora_mini_jax.along import runs_along
+from lora_mini_jax.adapters.adapter import Adapter
+from lora_mini_jax.adapters.sites import Site
+from lora_mini_jax.algebra.along import runs_along
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors
-from lora_mini_jax.plan import Site
 from lora_mini_jax.tree import Target, check_fit, flatten, unflatten
 
 AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lora_mini_jax import LoRA, LoRAMini, UserError, init, linen
-from lora_mini_jax.banks import bank, mixed
+from lora_mini_jax.adapters.banks import bank, mixed
 from lora_mini_jax.methods import DoRA, MiSS, SwitchLoRA, VeRA
 from tests.cases import randomised, setup
 

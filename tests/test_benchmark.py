@@ -17,7 +17,7 @@ from benchmarks import machine, profile
 from benchmarks.row import COLUMNS, Options
 from benchmarks.step import main
 from lora_mini_jax import UserError
-from lora_mini_jax.flops import dot_flops
+from lora_mini_jax.forecast.flops import dot_flops
 
 SIZES: dict[str, Any] = {
     "layers": 2, "width": 64, "ff": 96, "vocab": 80, "length": 16, "batch": 2, "rank": 4,

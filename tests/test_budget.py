@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lora_mini_jax import LoRA, LoRAMini, Target, UserError
-from lora_mini_jax.budget import within
+from lora_mini_jax.adapters.budget import within
 from lora_mini_jax.cli import main
 from lora_mini_jax.methods import (
     AdaLoRA,

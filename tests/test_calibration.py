@@ -22,8 +22,8 @@ from lora_mini_jax import (
     save,
     select,
 )
-from lora_mini_jax.calibration import _nothing, calibrate
 from lora_mini_jax.methods import LoRAMiniDiag
+from lora_mini_jax.training.calibration import _nothing, calibrate
 from lora_mini_jax.tree import flatten
 from tests.cases import by_name, cross_entropy, draws, random_params, setup
 

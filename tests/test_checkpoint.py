@@ -17,9 +17,9 @@ import optax
 import pytest
 
 from lora_mini_jax import LoRA, LoRAMini, TrainState, UserError, init
-from lora_mini_jax.adapter import draw
+from lora_mini_jax.adapters.adapter import draw
+from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.checkpoint import Checkpoints
-from lora_mini_jax.plan import Site
 from lora_mini_jax.tree import Target
 
 TX = optax.adam(1e-2)

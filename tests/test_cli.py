@@ -122,7 +122,8 @@ def test_the_base_is_the_adapters_own_unless_another_is_named(place, capsys, tmp
 def test_merge_writes_what_transformers_loads_with_equal_logits(place):
     import jax.numpy as jnp
 
-    from lora_mini_jax import linen, models, storage
+    from lora_mini_jax import linen, models
+    from lora_mini_jax.saved import storage
 
     main(["merge", "--model", str(place / "model"), "--adapter", str(place / "run" / "adapter"),
           "--output-dir", str(place / "merged")])  # fmt: skip
@@ -139,7 +140,8 @@ def test_export_writes_what_peft_loads_with_equal_logits(place):
     import jax.numpy as jnp
     from peft import PeftModel
 
-    from lora_mini_jax import linen, models, storage
+    from lora_mini_jax import linen, models
+    from lora_mini_jax.saved import storage
 
     main(["export", "--model", str(place / "model"), "--adapter", str(place / "run" / "adapter"),
           "--output-dir", str(place / "peft")])  # fmt: skip

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from lora_mini_jax import linen, models, storage
+from lora_mini_jax import linen, models
 from lora_mini_jax.cli import main
 from lora_mini_jax.models import GPT2, GPT2Config
+from lora_mini_jax.saved import storage
 from tests.encoder_runs import write_encoder
 from tests.runs import write_data, write_model
 from tests.seq2seq_runs import options, pairs, write_rows

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_mini_jax import Adapter, LoRA, LoRAMini, Target, UserError, count, init, merge
-from lora_mini_jax.combination import combine
+from lora_mini_jax.adapters.combination import combine
 from lora_mini_jax.methods import DiffoRA, DoRA, Full, LoRAXS, MiSS
 from tests.cases import draws, randomised, setup
 

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from lora_mini_jax import LoRAMini, TrainState, init, linen, make_train_step, merge
-from lora_mini_jax.adapter import draw
+from lora_mini_jax.adapters.adapter import draw
 from lora_mini_jax.data import Batches, Example, pack, token_loss
 from lora_mini_jax.methods import METHODS
 from lora_mini_jax.runs.folder import RunFolder

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_mini_jax import hardware
-from lora_mini_jax.flops import dot_flops
+from lora_mini_jax.forecast.flops import dot_flops
 from lora_mini_jax.models import Llama, LlamaConfig
 from lora_mini_jax.models.attention import attend, init_cache
 from lora_mini_jax.models.bert import Bert, BertConfig

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-from lora_mini_jax.decompositions import inverse, orthonormal, qr, top_singular
+from lora_mini_jax.algebra.decompositions import inverse, orthonormal, qr, top_singular
 from tests.cases import CASES
 
 LAPACK = {"geqrf", "householder_product", "qr", "svd", "eigh", "lu", "lu_pivots_to_permutation"}

@@ -19,7 +19,7 @@ import tokenizers
 from safetensors.numpy import load_file
 
 import lora_mini_jax.runs.finetune as module
-from lora_mini_jax import LoRAMini, UserError, storage
+from lora_mini_jax import LoRAMini, UserError
 from lora_mini_jax.checkpoint import Checkpoints
 from lora_mini_jax.data import Batches, Tokenizer
 from lora_mini_jax.models import load
@@ -28,6 +28,7 @@ from lora_mini_jax.runs.finetune import finetune, total_steps
 from lora_mini_jax.runs.folder import RunFolder
 from lora_mini_jax.runs.meter import Meter
 from lora_mini_jax.runs.schedule import learning_rate
+from lora_mini_jax.saved import storage
 from lora_mini_jax.tasks import language
 from lora_mini_jax.tasks.task import prepare
 from tests.runs import options, stopped_at, write_data

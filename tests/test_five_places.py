@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import pytest
 
 import lora_mini_jax
-from lora_mini_jax import methods, storage
+from lora_mini_jax import methods
+from lora_mini_jax.algebra.low_rank import Product
 from lora_mini_jax.cli import main
-from lora_mini_jax.low_rank import Product
 from lora_mini_jax.method import Factors
 from lora_mini_jax.models import load
 from lora_mini_jax.runs.folder import RunFolder
+from lora_mini_jax.saved import storage
 from tests.runs import options
 
 PACKAGE = Path(lora_mini_jax.__file__).parent

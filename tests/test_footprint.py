@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from lora_mini_jax import TrainState, init, make_train_step, sharding
-from lora_mini_jax.collectives import collectives
-from lora_mini_jax.footprint import AS_ON_ACCELERATORS, footprint
+from lora_mini_jax.forecast.collectives import collectives
+from lora_mini_jax.forecast.footprint import AS_ON_ACCELERATORS, footprint
 from lora_mini_jax.methods import LoRA, LoRAMini, SwitchLoRA
 from tests.test_sharding import TOKENS, loss_of, made, on_mesh
 

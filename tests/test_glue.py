@@ -18,7 +18,7 @@ from lora_mini_jax.data import (
     read_glue,
     read_records,
 )
-from lora_mini_jax.tasks.glue import HUB, TASKS
+from lora_mini_jax.glue import HUB, TASKS
 from lora_mini_jax.tasks.task import prepare
 from tests.encoder_runs import options
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_mini_jax.hopper import COLUMNS, RANKS, ROWS, TILE, fits, product_plus_thin, wide
+from lora_mini_jax.algebra.hopper import COLUMNS, RANKS, ROWS, TILE, fits, product_plus_thin, wide
 
 FORMS = pytest.mark.parametrize("turned", [False, True], ids=["plain", "turned"])
 

@@ -12,21 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_mini_jax import (
-    Adapter,
-    LoRA,
-    LoRAMini,
-    beside,
-    hardware,
-    hopper,
-    init,
-    joint,
-    linen,
-    select,
-)
+from lora_mini_jax import Adapter, LoRA, LoRAMini, hardware, init, linen, select
+from lora_mini_jax.algebra import hopper, joint
+from lora_mini_jax.algebra.products import through
+from lora_mini_jax.call import beside
 from lora_mini_jax.methods import DoRA, LoRAXS, MiSS, VeRA
 from lora_mini_jax.models import Llama, LlamaConfig
-from lora_mini_jax.products import through
 from tests.gpus import pretend
 from tests.test_products import CHAINS, IN, OUT, T, drawn
 

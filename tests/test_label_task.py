@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from lora_mini_jax import UserError, storage
+from lora_mini_jax import UserError
 from lora_mini_jax.checkpoint import Checkpoints
 from lora_mini_jax.cli import main
 from lora_mini_jax.commands.predict import run_predict
@@ -20,6 +20,7 @@ from lora_mini_jax.runs.best import Best
 from lora_mini_jax.runs.finetune import finetune
 from lora_mini_jax.runs.folder import RunFolder
 from lora_mini_jax.runs.loop import make_evaluate
+from lora_mini_jax.saved import storage
 from lora_mini_jax.tasks.task import planned, prepare
 from tests.encoder_runs import options, rows, write_encoder, write_rows
 from tests.runs import options as language_options

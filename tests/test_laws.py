@@ -23,8 +23,8 @@ from lora_mini_jax import (
     select,
     unmerge,
 )
+from lora_mini_jax.adapters.sites import plan
 from lora_mini_jax.methods import METHODS, from_dict
-from lora_mini_jax.plan import plan
 from lora_mini_jax.tree import flatten, over_lead
 from tests.cases import (
     CASES,

@@ -25,9 +25,9 @@ from lora_mini_jax import (
     merge,
     save,
     select,
-    views,
 )
 from lora_mini_jax import nnx as front
+from lora_mini_jax.call import views
 from lora_mini_jax.methods import DoRA, MiSS, SwitchLoRA, VeRA
 from tests.cases import draws, randomised
 

@@ -25,7 +25,7 @@ from lora_mini_jax import (
     trainable_mask,
 )
 from lora_mini_jax.methods import ReLoRA, SwitchLoRA
-from lora_mini_jax.optim import forget, scale_by_element_adam, scale_leaves
+from lora_mini_jax.training.optim import forget, scale_by_element_adam, scale_leaves
 from tests.cases import by_name, draws, random_params, randomised
 
 MODEL = nn.Sequential([nn.Dense(6), jnp.tanh, nn.Dense(3)])

@@ -10,13 +10,13 @@ import sys
 import pytest
 
 from lora_mini_jax import UserError, cli
+from lora_mini_jax.adapters.sites import plan
 from lora_mini_jax.cli import main, parse
 from lora_mini_jax.methods import METHODS, from_dict, from_spec
 from lora_mini_jax.options import Compare, Finetune, Generate, to_json
 from lora_mini_jax.options.paths import local
-from lora_mini_jax.plan import plan
 from lora_mini_jax.selection import select
-from lora_mini_jax.spec import to_spec
+from lora_mini_jax.settings.spec import to_spec
 from lora_mini_jax.tree import Target
 from tests.encoder_runs import write_encoder
 from tests.test_cli import refused

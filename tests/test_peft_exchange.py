@@ -14,19 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_mini_jax import (
-    LoRA,
-    LoRAMini,
-    Target,
-    UserError,
-    init,
-    linen,
-    merge,
-    models,
-    parameters,
-    storage,
-)
+from lora_mini_jax import LoRA, LoRAMini, Target, UserError, init, linen, merge, models, parameters
 from lora_mini_jax import select as choose
+from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.methods import (
     AdaLoRA,
     DiffoRA,
@@ -41,8 +31,8 @@ from lora_mini_jax.methods import (
     VeRA,
 )
 from lora_mini_jax.peft import convert, from_state_dict, load, names_of, save
-from lora_mini_jax.plan import Site
 from lora_mini_jax.quantized import quantize
+from lora_mini_jax.saved import storage
 from tests.cases import draws, randomised
 
 if os.environ.get("CI"):

@@ -14,13 +14,13 @@ import pytest
 from experiments.plan_check import held
 from lora_mini_jax import UserError
 from lora_mini_jax.commands.forecast import plan_step
-from lora_mini_jax.devices import Devices, reading
 from lora_mini_jax.models import GPT2, GPT2Config, load, save
 from lora_mini_jax.models.hub import load_module
 from lora_mini_jax.options import Finetune, PlanStep
 from lora_mini_jax.runs.finetune import finetune, fit
 from lora_mini_jax.runs.folder import Row
 from lora_mini_jax.runs.meter import Meter
+from lora_mini_jax.tasks.devices import Devices, reading
 from lora_mini_jax.tree import flatten
 from tests import encoder_runs, runs, seq2seq_runs
 

@@ -14,12 +14,12 @@ import lora_mini_jax.runs.meter as meter_module
 from lora_mini_jax import UserError
 from lora_mini_jax.data import Batches, Example, pack
 from lora_mini_jax.data.prefetch import prefetched
-from lora_mini_jax.devices import Devices
 from lora_mini_jax.runs.finetune import finetune
 from lora_mini_jax.runs.folder import RunFolder
 from lora_mini_jax.runs.meter import Meter, typical, waited
 from lora_mini_jax.sharding import make_mesh
-from lora_mini_jax.train import Metrics
+from lora_mini_jax.tasks.devices import Devices
+from lora_mini_jax.training.train import Metrics
 from tests.runs import options
 
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from lora_mini_jax import UserError, linen
-from lora_mini_jax.adapter import draw
+from lora_mini_jax.adapters.adapter import draw
 from lora_mini_jax.cli import main, parse
 from lora_mini_jax.data import (
     encode_texts,

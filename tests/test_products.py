@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_mini_jax import LoRA, LoRAMini, init, linen, products
-from lora_mini_jax.flops import dot_flops
-from lora_mini_jax.products import through
+from lora_mini_jax import LoRA, LoRAMini, init, linen
+from lora_mini_jax.algebra import products
+from lora_mini_jax.algebra.products import through
+from lora_mini_jax.forecast.flops import dot_flops
 
 T, IN, A, R, B, OUT = 48, 32, 16, 4, 12, 24
 CHAINS = {

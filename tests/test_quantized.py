@@ -22,7 +22,6 @@ from lora_mini_jax import (
     merge,
     peft,
     select,
-    storage,
 )
 from lora_mini_jax.commands.adapters import run_export, run_generate, run_merge
 from lora_mini_jax.methods import DoRA, LoRA, LoRAMini, MiSS, SwitchLoRA
@@ -30,6 +29,7 @@ from lora_mini_jax.models import Llama, LlamaConfig, load, save
 from lora_mini_jax.options import Export, Generate, Merge
 from lora_mini_jax.quantized import Quantized, quantize, quantized
 from lora_mini_jax.runs.finetune import finetune
+from lora_mini_jax.saved import storage
 from lora_mini_jax.tasks.head import load_for
 from lora_mini_jax.tree import dense, flatten, unflatten
 from tests import runs

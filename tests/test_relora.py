@@ -13,7 +13,7 @@ from lora_mini_jax import TrainState, UserError, init, linen, make_train_step
 from lora_mini_jax.checkpoint import Checkpoints
 from lora_mini_jax.methods import ReLoRA, from_dict
 from lora_mini_jax.methods.relora import jagged
-from lora_mini_jax.optim import scale_by_element_adam
+from lora_mini_jax.training.optim import scale_by_element_adam
 from tests.cases import by_name, draws
 
 LAYERS, N_IN, N_OUT, EVERY = 2, 12, 9, 7

@@ -10,14 +10,15 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
-from lora_mini_jax import peft, storage
+from lora_mini_jax import peft
+from lora_mini_jax.adapters.transform import merge
 from lora_mini_jax.commands.adapters import run_export, run_generate, run_merge
 from lora_mini_jax.commands.predict import run_predict
 from lora_mini_jax.models import load
 from lora_mini_jax.options import Export, Generate, Merge, Predict
 from lora_mini_jax.runs.finetune import finetune
+from lora_mini_jax.saved import storage
 from lora_mini_jax.tasks.task import all_targets
-from lora_mini_jax.transform import merge
 from tests import encoder_runs, runs, seq2seq_runs
 from tests.runs import write_model
 

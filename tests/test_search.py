@@ -30,14 +30,14 @@ from lora_mini_jax import (
     select,
     unmerge,
 )
-from lora_mini_jax.choice import agreed, discretise, openings
+from lora_mini_jax.adapters.sites import plan
 from lora_mini_jax.data import Batches, Packed
 from lora_mini_jax.methods import DiffoRA, MiSS, VeRA, from_dict
 from lora_mini_jax.models import load as load_model
-from lora_mini_jax.plan import plan
 from lora_mini_jax.runs.finetune import finetune
 from lora_mini_jax.runs.folder import RunFolder
-from lora_mini_jax.search import halves, make_search_step, search_state
+from lora_mini_jax.search.choice import agreed, discretise, openings
+from lora_mini_jax.search.search import halves, make_search_step, search_state
 from lora_mini_jax.sharding import make_mesh
 from lora_mini_jax.tree import flatten, parameters, unflatten
 from tests.cases import by_name, draws, randomised, setup

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_mini_jax import LoRA, UserError, init, linen, merge, select
-from lora_mini_jax.adapter import draw
+from lora_mini_jax.adapters.adapter import draw
 from lora_mini_jax.data import Fields, load_tokenizer
 from lora_mini_jax.data.pair_rows import pair_rows
 from lora_mini_jax.data.pairs import encode_pairs

@@ -25,7 +25,7 @@ from lora_mini_jax import (
     sharding,
 )
 from lora_mini_jax.checkpoint import Checkpoints
-from lora_mini_jax.collectives import Collective, collectives
+from lora_mini_jax.forecast.collectives import Collective, collectives
 from lora_mini_jax.methods import METHODS, AdaLoRA, DoRA, Full, LoRA, SwitchLoRA
 from lora_mini_jax.tree import flatten, parameters, unflatten
 from tests.cases import CASES, Case, cross_entropy, draws, random_params, randomised

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lora_mini_jax import processes, sketch
+from lora_mini_jax import processes
 from lora_mini_jax.quantized import Quantized, quantized
+from lora_mini_jax.saved import sketch
 from lora_mini_jax.tree import Target, dense
 
 SHAPE = (512, 1030)  # every eighth entry of a little more than 8 * MOST

@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from lora_mini_jax import Adapter, LoRA, LoRAMini, Target, UserError, init, join, load, save, split
-from lora_mini_jax.adapter import draw
+from lora_mini_jax.adapters.adapter import draw
+from lora_mini_jax.adapters.sites import Site, check
 from lora_mini_jax.methods import OLoRA, PiSSA
-from lora_mini_jax.plan import Site, check
-from lora_mini_jax.sketch import same, sketch
+from lora_mini_jax.saved.sketch import same, sketch
 from tests.cases import by_name, draws, randomised
 
 PARAMS: Any = {

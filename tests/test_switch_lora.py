@@ -11,10 +11,10 @@ import optax
 import pytest
 
 from lora_mini_jax import Target, TrainState, UserError, init, linen, make_train_step
+from lora_mini_jax.adapters.sites import plan
 from lora_mini_jax.checkpoint import Checkpoints
 from lora_mini_jax.methods import SwitchLoRA, from_dict
-from lora_mini_jax.optim import scale_by_element_adam
-from lora_mini_jax.plan import plan
+from lora_mini_jax.training.optim import scale_by_element_adam
 from lora_mini_jax.tree import over_lead
 from tests.cases import by_name, draws
 

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from lora_mini_jax import UserError, absent, hardware
+from lora_mini_jax import UserError, hardware
 from lora_mini_jax.cli import main
 from lora_mini_jax.commands.forecast import plan_step
+from lora_mini_jax.forecast import absent
 from lora_mini_jax.models import splash_attention
 from lora_mini_jax.models.attention import attend
 from lora_mini_jax.options import PlanStep

@@ -5,8 +5,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_mini_jax import peft, storage
-from lora_mini_jax.adapter import Adapter
+from lora_mini_jax import peft
+from lora_mini_jax.adapters.adapter import Adapter
+from lora_mini_jax.adapters.transform import merge
 from lora_mini_jax.data import load_tokenizer
 from lora_mini_jax.data.pairs import source_ids
 from lora_mini_jax.errors import UserError
@@ -18,8 +19,8 @@ from lora_mini_jax.models.hub import load_module, resolve
 from lora_mini_jax.models.t5 import T5
 from lora_mini_jax.options import Export, Generate, Merge
 from lora_mini_jax.peft import config, tensors
+from lora_mini_jax.saved import storage
 from lora_mini_jax.tasks.head import base_of, head_of, load_for
-from lora_mini_jax.transform import merge
 
 
 def run_generate(options: Generate, say: Callable[[str], None] = print) -> list[str]:

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 
 from lora_mini_jax import sharding
-from lora_mini_jax.absent import simulated, slice_of, uncached
 from lora_mini_jax.data import Batches
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.footprint import Footprint, footprint, placed
+from lora_mini_jax.forecast.absent import simulated, slice_of, uncached
+from lora_mini_jax.forecast.footprint import Footprint, footprint, placed
 from lora_mini_jax.options import PlanStep
 from lora_mini_jax.runs.schedule import of_length, optimizer
-from lora_mini_jax.spec import to_spec
+from lora_mini_jax.settings.spec import to_spec
 from lora_mini_jax.tasks.abstract import abstract_task
 from lora_mini_jax.tasks.task import all_targets
 

@@ -13,17 +13,17 @@ import jax.numpy as jnp
 import optax
 
 from lora_mini_jax import linen
-from lora_mini_jax.adapter import Adapter, draw
-from lora_mini_jax.flops import dot_flops
+from lora_mini_jax.adapters.adapter import Adapter, draw
+from lora_mini_jax.adapters.sites import Site
+from lora_mini_jax.forecast.flops import dot_flops
 from lora_mini_jax.hardware import without_kernels
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import load_module
 from lora_mini_jax.options import Inspect
-from lora_mini_jax.plan import Site
-from lora_mini_jax.spec import to_spec
+from lora_mini_jax.settings.spec import to_spec
 from lora_mini_jax.tasks.language import check_length
 from lora_mini_jax.tasks.task import all_targets, sites_among
-from lora_mini_jax.train import TrainState, make_train_step
+from lora_mini_jax.training.train import TrainState, make_train_step
 
 Report = dict[str, Any]
 LENGTH = 256

@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_mini_jax import linen, storage
+from lora_mini_jax import linen
 from lora_mini_jax.data import Batches, load_tokenizer, read_records
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import write_text, writing
 from lora_mini_jax.models.hub import resolve
 from lora_mini_jax.options import Predict
+from lora_mini_jax.saved import storage
 from lora_mini_jax.tasks.head import Head, base_of, head_of, load_for
 from lora_mini_jax.tasks.label import check_rows, encode
 

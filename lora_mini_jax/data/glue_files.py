@@ -6,7 +6,7 @@ from pathlib import Path
 from lora_mini_jax.data.data_sets import load_split, with_names
 from lora_mini_jax.data.files import READERS, At, Record, tsv
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.tasks.glue import HUB, LABEL, TASKS, Glue
+from lora_mini_jax.glue import HUB, LABEL, TASKS, Glue
 
 
 def read_glue(name: str, source: str, split: str, limit: int | None = None) -> list[Record]:

@@ -22,7 +22,7 @@ from lora_mini_jax.methods.pissa import OLoRA, PiSSA
 from lora_mini_jax.methods.relora import ReLoRA
 from lora_mini_jax.methods.switch_lora import SwitchLoRA
 from lora_mini_jax.methods.vera import VeRA
-from lora_mini_jax.spec import split_spec
+from lora_mini_jax.settings.spec import split_spec
 
 METHODS: dict[str, type[Method]] = {
     method.name: method

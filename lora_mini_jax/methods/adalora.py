@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_mini_jax.checks import require_number, require_whole
+from lora_mini_jax.algebra.low_rank import LowRank
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.low_rank import LowRank
 from lora_mini_jax.method import Factors, Kernels, Method, Stepped
+from lora_mini_jax.settings.checks import require_number, require_whole
 
 AVERAGES = {name: (f"{name}_sensitivity", f"{name}_uncertainty") for name in ("A", "E", "B")}
 

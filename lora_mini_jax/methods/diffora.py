@@ -12,10 +12,10 @@ from typing import Any, Literal, Self
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.checks import require_choice, require_number, require_whole
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.layers import softmax
 from lora_mini_jax.method import Factors, Method
+from lora_mini_jax.settings.checks import require_choice, require_number, require_whole
 from lora_mini_jax.tree import float32
 
 Relaxation = Literal["sigmoid", "softmax"]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.draws import uniform
+from lora_mini_jax.algebra.draws import uniform
+from lora_mini_jax.algebra.low_rank import LowRank
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.low_rank import LowRank
 from lora_mini_jax.method import Factors
 
 

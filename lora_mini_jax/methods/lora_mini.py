@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax import outer as outer_factors
-from lora_mini_jax.checks import require_choice, require_whole
-from lora_mini_jax.draws import uniform
+from lora_mini_jax.algebra import outer as outer_factors
+from lora_mini_jax.algebra.draws import uniform
+from lora_mini_jax.algebra.low_rank import LowRank
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.low_rank import LowRank
 from lora_mini_jax.method import Factors, Method
+from lora_mini_jax.settings.checks import require_choice, require_whole
 
 WIDTH = 8
 """Of ``a`` and ``b`` for each rank where a budget decides: of one count, the best of 2, 8, 32 and

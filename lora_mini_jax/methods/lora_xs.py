@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.decompositions import top_singular
-from lora_mini_jax.low_rank import LowRank
+from lora_mini_jax.algebra.decompositions import top_singular
+from lora_mini_jax.algebra.low_rank import LowRank
 from lora_mini_jax.method import Factors
 
 

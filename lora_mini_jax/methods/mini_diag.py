@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax import outer
-from lora_mini_jax.checks import require_choice, require_number
-from lora_mini_jax.low_rank import Product
+from lora_mini_jax.algebra import outer
+from lora_mini_jax.algebra.low_rank import Product
 from lora_mini_jax.method import Factors
+from lora_mini_jax.settings.checks import require_choice, require_number
 
 
 @dataclass(frozen=True)

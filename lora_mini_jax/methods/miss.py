@@ -9,9 +9,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.checks import require_choice, require_whole
-from lora_mini_jax.decompositions import inverse
+from lora_mini_jax.algebra.decompositions import inverse
 from lora_mini_jax.method import Factors, Method
+from lora_mini_jax.settings.checks import require_choice, require_whole
 from lora_mini_jax.tree import float32
 
 Mode = Literal["miss", "mini", "bat"]

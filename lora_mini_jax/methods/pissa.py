@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.decompositions import qr, top_singular
-from lora_mini_jax.low_rank import LowRank
+from lora_mini_jax.algebra.decompositions import qr, top_singular
+from lora_mini_jax.algebra.low_rank import LowRank
+from lora_mini_jax.algebra.products import matmul
 from lora_mini_jax.method import Factors
-from lora_mini_jax.products import matmul
 
 Pair = tuple[jax.Array, jax.Array]
 

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.checks import require_whole
-from lora_mini_jax.draws import fold_path, split_key, uniform
-from lora_mini_jax.low_rank import LowRank
+from lora_mini_jax.algebra.draws import fold_path, split_key, uniform
+from lora_mini_jax.algebra.low_rank import LowRank
 from lora_mini_jax.method import Factors, Kernels, Schedule, Stepped
+from lora_mini_jax.settings.checks import require_whole
 from lora_mini_jax.tree import over_lead
 
 

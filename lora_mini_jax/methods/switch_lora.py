@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.checks import require_number, require_whole
-from lora_mini_jax.draws import fold_path, uniform
-from lora_mini_jax.low_rank import Product
+from lora_mini_jax.algebra.draws import fold_path, uniform
+from lora_mini_jax.algebra.low_rank import Product
 from lora_mini_jax.method import Factors, Kernels, Stepped
+from lora_mini_jax.settings.checks import require_number, require_whole
 from lora_mini_jax.tree import over_lead
 
 

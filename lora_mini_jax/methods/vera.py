@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.checks import require_number
-from lora_mini_jax.draws import uniform
-from lora_mini_jax.low_rank import Product
+from lora_mini_jax.algebra.draws import uniform
+from lora_mini_jax.algebra.low_rank import Product
 from lora_mini_jax.method import Factors, Method
+from lora_mini_jax.settings.checks import require_number
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_mini_jax.algebra.products import matmul
 from lora_mini_jax.models.cudnn_attention import by_cudnn
 from lora_mini_jax.models.masks import Seen, pairs
 from lora_mini_jax.models.splash_attention import by_splash
-from lora_mini_jax.products import matmul
 
 Array = jax.Array
 AT_ONCE = 1024

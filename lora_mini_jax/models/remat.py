@@ -6,9 +6,9 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 
-from lora_mini_jax import joint
-from lora_mini_jax.checks import require_choice
+from lora_mini_jax.algebra import joint
 from lora_mini_jax.models import splash_attention
+from lora_mini_jax.settings.checks import require_choice
 
 Remat = Literal["none", "dots", "dots_no_batch", "full"]
 """From the most memory to the least. ``"none"``: all is kept. ``"dots"``: the results of matrix

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.spec import parse_settings, to_pairs
+from lora_mini_jax.settings.spec import parse_settings, to_pairs
 
 if TYPE_CHECKING:
     from lora_mini_jax.method import Method

@@ -9,7 +9,7 @@ from lora_mini_jax.errors import UserError
 from lora_mini_jax.options.finetune import Finetune
 from lora_mini_jax.options.kinds import allowed, fitted
 from lora_mini_jax.options.numbers import SEED, check_numbers
-from lora_mini_jax.spec import split_spec, to_pairs
+from lora_mini_jax.settings.spec import split_spec, to_pairs
 
 OF_A_RUN = ("method", "settings", "seed", "output_dir")
 """What the comparison itself gives to each of its runs."""

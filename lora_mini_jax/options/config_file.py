@@ -9,7 +9,7 @@ from lora_mini_jax.errors import UserError, meant
 from lora_mini_jax.files import read_object
 from lora_mini_jax.options.adapter import MethodOptions
 from lora_mini_jax.options.kinds import allowed, fitted
-from lora_mini_jax.spec import to_pairs
+from lora_mini_jax.settings.spec import to_pairs
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

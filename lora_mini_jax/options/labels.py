@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from lora_mini_jax.errors import UserError, flag
-from lora_mini_jax.tasks.glue import LABEL, TASKS
+from lora_mini_jax.glue import LABEL, TASKS
 
 METRICS: dict[str, tuple[str, ...]] = {
     "language": ("loss",),

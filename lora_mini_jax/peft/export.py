@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.adapters.adapter import Adapter
+from lora_mini_jax.adapters.folding import fold, padded
+from lora_mini_jax.adapters.transform import merge
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import new_folder, write_json, writing
-from lora_mini_jax.folding import fold, padded
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.methods import LoRA, VeRA
 from lora_mini_jax.methods.full import Full
@@ -20,7 +21,6 @@ from lora_mini_jax.peft.names import Names, Place, llama_names, places
 from lora_mini_jax.peft.tables import obstacle
 from lora_mini_jax.peft.targeting import family_tree, modules_to_save, target_modules
 from lora_mini_jax.processes import together
-from lora_mini_jax.transform import merge
 from lora_mini_jax.tree import dense, flatten, float32, unflatten
 
 

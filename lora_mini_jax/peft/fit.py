@@ -7,7 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_mini_jax.adapter import Adapter, draw
+from lora_mini_jax.adapters.adapter import Adapter, draw
+from lora_mini_jax.adapters.sites import Site, check
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.methods import VeRA
@@ -17,7 +18,6 @@ from lora_mini_jax.peft.leaves import LEAVES, tensor_shapes
 from lora_mini_jax.peft.names import Names, Place
 from lora_mini_jax.peft.tables import obstacle
 from lora_mini_jax.peft.tensors import Tensors, sort
-from lora_mini_jax.plan import Site, check
 from lora_mini_jax.tree import flatten, float32
 
 

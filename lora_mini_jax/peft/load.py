@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Method
 from lora_mini_jax.methods import LoRA

@@ -1,11 +1,11 @@
 """The adapter of a run's best evaluation, kept on disk while training goes on."""
 
-from lora_mini_jax import storage
-from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.runs.folder import RunFolder
+from lora_mini_jax.saved import storage
 from lora_mini_jax.tasks.metrics import better
 from lora_mini_jax.tasks.task import Task
-from lora_mini_jax.train import TrainState
+from lora_mini_jax.training.train import TrainState
 
 
 class Best:

@@ -3,9 +3,7 @@
 import math
 from dataclasses import replace
 
-from lora_mini_jax.adapter import Adapter, count
-from lora_mini_jax.calibration import calibrate
-from lora_mini_jax.devices import Devices
+from lora_mini_jax.adapters.adapter import Adapter, count
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.runs.best import Best
 from lora_mini_jax.runs.folder import Row, RunFolder
@@ -14,8 +12,10 @@ from lora_mini_jax.runs.meter import check_start, typical, waited
 from lora_mini_jax.runs.report import run_report
 from lora_mini_jax.runs.schedule import of_length, optimizer
 from lora_mini_jax.runs.search import check_search, searched
-from lora_mini_jax.storage import save
+from lora_mini_jax.saved.storage import save
+from lora_mini_jax.tasks.devices import Devices
 from lora_mini_jax.tasks.task import Task, prepare
+from lora_mini_jax.training.calibration import calibrate
 
 CALIBRATION_BATCHES = 8
 """Batches of training data for factors that come from data."""

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.checkpoint import Checkpoints
 from lora_mini_jax.data.prefetch import prefetched
-from lora_mini_jax.devices import Devices
 from lora_mini_jax.options import Training
 from lora_mini_jax.processes import on_host
 from lora_mini_jax.runs.best import Best
@@ -20,8 +19,9 @@ from lora_mini_jax.runs.folder import Row, RunFolder
 from lora_mini_jax.runs.meter import Meter
 from lora_mini_jax.runs.preemption import EXIT_CODE, notices
 from lora_mini_jax.runs.schedule import learning_rate
+from lora_mini_jax.tasks.devices import Devices
 from lora_mini_jax.tasks.task import Task
-from lora_mini_jax.train import TrainState, make_train_step
+from lora_mini_jax.training.train import TrainState, make_train_step
 
 Log = Callable[[str], None]
 ONE = Devices()

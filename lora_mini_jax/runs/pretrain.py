@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
-from lora_mini_jax.adapter import count
-from lora_mini_jax.devices import Devices
+from lora_mini_jax.adapters.adapter import count
+from lora_mini_jax.adapters.transform import merge
 from lora_mini_jax.files import writes
 from lora_mini_jax.models import save
 from lora_mini_jax.options import Pretrain
@@ -26,9 +26,9 @@ from lora_mini_jax.runs.report import points, settings_html, write_page
 from lora_mini_jax.runs.schedule import optimizer
 from lora_mini_jax.runs.scratch import begin, prepare
 from lora_mini_jax.runs.tables import table_html, table_text
+from lora_mini_jax.tasks.devices import Devices
 from lora_mini_jax.tasks.task import Task
-from lora_mini_jax.train import TrainState
-from lora_mini_jax.transform import merge
+from lora_mini_jax.training.train import TrainState
 
 COLUMNS = {
     "method": "method",

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import optax
 
-from lora_mini_jax.optim import scale_by_element_adam, scale_leaves
+from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.options import Training
-from lora_mini_jax.plan import Site
+from lora_mini_jax.training.optim import scale_by_element_adam, scale_leaves
 
 
 def learning_rate(options: Training, steps: int) -> optax.Schedule:

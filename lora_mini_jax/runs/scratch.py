@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.adapter import Adapter, as_key
+from lora_mini_jax.adapters.adapter import Adapter, as_key
+from lora_mini_jax.adapters.sites import Site, plan
 from lora_mini_jax.data import (
     Batches,
     Tokenizer,
@@ -17,15 +18,14 @@ from lora_mini_jax.data import (
     pack,
     thinned,
 )
-from lora_mini_jax.devices import Devices
 from lora_mini_jax.errors import UserError, flag
 from lora_mini_jax.methods import Full
 from lora_mini_jax.models import Llama, LlamaConfig
 from lora_mini_jax.models.hub import load_decoder_config
 from lora_mini_jax.options import Pretrain
-from lora_mini_jax.plan import Site, plan
 from lora_mini_jax.runs.schedule import of_length
 from lora_mini_jax.selection import select
+from lora_mini_jax.tasks.devices import Devices
 from lora_mini_jax.tasks.language import LanguageTask, check_length
 from lora_mini_jax.tasks.task import all_targets
 from lora_mini_jax.tree import flatten, matrices, unflatten

@@ -6,9 +6,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from lora_mini_jax.adapter import Adapter
-from lora_mini_jax.choice import agreed, discretise
-from lora_mini_jax.devices import Devices
+from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import write_json, writes
 from lora_mini_jax.methods.diffora import DiffoRA
@@ -17,8 +15,10 @@ from lora_mini_jax.processes import on_host
 from lora_mini_jax.runs.folder import RunFolder
 from lora_mini_jax.runs.loop import Log, make_evaluate
 from lora_mini_jax.runs.schedule import optimizer
-from lora_mini_jax.search import check_halves, halves, make_search_step, search_state
-from lora_mini_jax.storage import load, save
+from lora_mini_jax.saved.storage import load, save
+from lora_mini_jax.search.choice import agreed, discretise
+from lora_mini_jax.search.search import check_halves, halves, make_search_step, search_state
+from lora_mini_jax.tasks.devices import Devices
 from lora_mini_jax.tasks.task import Task
 
 LEAST_STEPS = 20

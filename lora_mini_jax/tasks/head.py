@@ -7,7 +7,6 @@ from typing import Any
 
 import flax.linen as nn
 
-from lora_mini_jax import storage
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import read_object
 from lora_mini_jax.models import load
@@ -16,6 +15,7 @@ from lora_mini_jax.models.fresh import asked
 from lora_mini_jax.models.hub import load_module
 from lora_mini_jax.options import BASE
 from lora_mini_jax.quantized import quantizer
+from lora_mini_jax.saved import storage
 from lora_mini_jax.tasks.task import all_targets
 
 HEADS = {"classification": "sequence-classification", "regression": "regression"}

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.adapters.adapter import Adapter
+from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.data import (
     Batches,
     Labelled,
@@ -24,14 +25,13 @@ from lora_mini_jax.data import (
     numbers,
 )
 from lora_mini_jax.data.files import Record
-from lora_mini_jax.devices import reading
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.glue import LABEL
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import resolve
 from lora_mini_jax.options import Finetune
-from lora_mini_jax.plan import Site
 from lora_mini_jax.tasks.data import check_ids, read_data, sources
-from lora_mini_jax.tasks.glue import LABEL
+from lora_mini_jax.tasks.devices import reading
 from lora_mini_jax.tasks.head import Head
 from lora_mini_jax.tasks.metrics import classification, f1_is, regression
 from lora_mini_jax.tasks.task import Task, planned_sites

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.adapters.adapter import Adapter
+from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.data import (
     Batches,
     Example,
@@ -23,15 +24,14 @@ from lora_mini_jax.data import (
 from lora_mini_jax.data.examples import encode_stream
 from lora_mini_jax.data.packing import packed_chunks
 from lora_mini_jax.data.recipe import Part, Recipe
-from lora_mini_jax.devices import reading
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.generation.generate import generate
 from lora_mini_jax.models import load
 from lora_mini_jax.models.hub import load_decoder_config, load_module, resolve
 from lora_mini_jax.options import Finetune
-from lora_mini_jax.plan import Site
 from lora_mini_jax.scores import Scores
 from lora_mini_jax.tasks.data import check_ids, read_rows
+from lora_mini_jax.tasks.devices import reading
 from lora_mini_jax.tasks.task import Task, planned_sites
 
 

@@ -9,17 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.data import Batches, Tokenizer, load_tokenizer
 from lora_mini_jax.data.pair_rows import PairRows, pair_chunks
 from lora_mini_jax.data.pairs import Pair, pair_stream
 from lora_mini_jax.data.recipe import Recipe
-from lora_mini_jax.devices import reading
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models import load
 from lora_mini_jax.models.hub import load_config, load_module, resolve
 from lora_mini_jax.options import Finetune
-from lora_mini_jax.plan import Site
 from lora_mini_jax.tasks.data import check_ids, read_rows
+from lora_mini_jax.tasks.devices import reading
 from lora_mini_jax.tasks.language import LanguageTask, notes_of, spread
 from lora_mini_jax.tasks.task import planned_sites
 

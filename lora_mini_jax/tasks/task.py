@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax import linen, sharding
-from lora_mini_jax.adapter import Adapter
-from lora_mini_jax.budget import within
+from lora_mini_jax.adapters.adapter import Adapter
+from lora_mini_jax.adapters.budget import within
+from lora_mini_jax.adapters.sites import Site, check, plan
 from lora_mini_jax.data import Batches
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import load_module
 from lora_mini_jax.models.t5 import T5
 from lora_mini_jax.options import AdapterOptions, Finetune, one_or_names
-from lora_mini_jax.plan import Site, check, plan
 from lora_mini_jax.selection import select
 from lora_mini_jax.tree import Target, flatten, parameters
 

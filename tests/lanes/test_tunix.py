@@ -25,7 +25,7 @@ from lora_mini_jax import (
     select,
 )
 from lora_mini_jax import nnx as front
-from lora_mini_jax.views import View
+from lora_mini_jax.call.views import View
 from tests.cases import draws, randomised
 from tests.lanes import only_in
 

@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.draws import fold_path, split_key
+from lora_mini_jax.adapters.sites import Site, by_method, plan
+from lora_mini_jax.algebra.draws import fold_path, split_key
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors, Method
-from lora_mini_jax.plan import Site, by_method, plan
 from lora_mini_jax.tree import Target, check_real, matrices, over_lead
 
 GENERATOR = "threefry2x32"

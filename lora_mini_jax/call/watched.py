@@ -10,9 +10,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lora_mini_jax import beside, views
+from lora_mini_jax.call import beside, views
+from lora_mini_jax.call.views import Rule, Rules, View
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.views import Rule, Rules, View
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.adapters.adapter import Adapter
+from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors
-from lora_mini_jax.plan import Site
 
 Leaves = dict[str, Factors]
 

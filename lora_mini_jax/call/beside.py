@@ -13,15 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.adapter import Adapter, as_key, check_adapter
-from lora_mini_jax.draws import fold_path, split_key
+from lora_mini_jax.adapters.adapter import Adapter, as_key, check_adapter
+from lora_mini_jax.adapters.sites import Site
+from lora_mini_jax.algebra.draws import fold_path, split_key
+from lora_mini_jax.algebra.joint import multiplied
+from lora_mini_jax.call.views import View
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.hardware import takes_joint_products
-from lora_mini_jax.joint import multiplied
-from lora_mini_jax.plan import Site
 from lora_mini_jax.selection import listing
 from lora_mini_jax.tree import check_fit, dense, flatten, over_lead, unflatten
-from lora_mini_jax.views import View
 
 Array = jax.Array
 SUFFIX = "_factors"

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from lora_mini_jax import moves
-from lora_mini_jax.adapter import Adapter, as_key
-from lora_mini_jax.checks import require_whole
+from lora_mini_jax.adapters.adapter import Adapter, as_key
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.gradient import LossFn, accumulated, gradient
-from lora_mini_jax.optim import forget
+from lora_mini_jax.settings.checks import require_whole
+from lora_mini_jax.training import moves
+from lora_mini_jax.training.gradient import LossFn, accumulated, gradient
+from lora_mini_jax.training.optim import forget
 
 
 @partial(

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lora_mini_jax import linen, processes, sharding
-from lora_mini_jax.adapter import Adapter, draw
+from lora_mini_jax.adapters.adapter import Adapter, draw
+from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.data import Batches
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.options import Finetune, Training
-from lora_mini_jax.plan import Site
 from lora_mini_jax.quantized import quantizer
-from lora_mini_jax.train import TrainState
+from lora_mini_jax.training.train import TrainState
 from lora_mini_jax.tree import Target, flatten
 
 

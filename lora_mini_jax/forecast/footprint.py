@@ -13,13 +13,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_mini_jax import sharding
-from lora_mini_jax.adapter import draw
-from lora_mini_jax.collectives import collectives
-from lora_mini_jax.flops import step_flops
-from lora_mini_jax.gradient import LossFn
+from lora_mini_jax.adapters.adapter import draw
+from lora_mini_jax.adapters.sites import Site
+from lora_mini_jax.forecast.collectives import collectives
+from lora_mini_jax.forecast.flops import step_flops
 from lora_mini_jax.hardware import compiling_for
-from lora_mini_jax.plan import Site
-from lora_mini_jax.train import TrainState, make_train_step
+from lora_mini_jax.training.gradient import LossFn
+from lora_mini_jax.training.train import TrainState, make_train_step
 from lora_mini_jax.tree import Target
 
 AS_ON_ACCELERATORS = {

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lora_mini_jax.adapter import Adapter, check_adapter
+from lora_mini_jax.adapters.adapter import Adapter, check_adapter
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.tree import check_fit, flatten, matrices, over_lead, unflatten
 

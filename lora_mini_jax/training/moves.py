@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.adapters.adapter import Adapter
+from lora_mini_jax.adapters.sites import by_method
 from lora_mini_jax.method import Factors, Method
-from lora_mini_jax.plan import by_method
 from lora_mini_jax.tree import over_lead
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.decompositions import orthonormal, top_singular
+from lora_mini_jax.algebra.decompositions import orthonormal, top_singular
 from lora_mini_jax.method import Factors
 
 OuterInit = Literal["normal", "fan_in", "orthogonal", "svd", "gradient", "activation"]

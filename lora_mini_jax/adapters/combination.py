@@ -12,16 +12,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.adapter import Adapter, as_key
-from lora_mini_jax.checks import require_choice, require_number, require_whole
-from lora_mini_jax.decompositions import top_singular
-from lora_mini_jax.draws import fold_path, split_key
+from lora_mini_jax.adapters.adapter import Adapter, as_key
+from lora_mini_jax.adapters.folding import fold
+from lora_mini_jax.adapters.sites import Site, check
+from lora_mini_jax.algebra.decompositions import top_singular
+from lora_mini_jax.algebra.draws import fold_path, split_key
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.folding import fold
 from lora_mini_jax.method import Factors
 from lora_mini_jax.methods import LoRA
 from lora_mini_jax.methods.full import Full
-from lora_mini_jax.plan import Site, check
+from lora_mini_jax.settings.checks import require_choice, require_number, require_whole
 from lora_mini_jax.tree import Target, check_fit, dense, flatten, float32, over_lead
 
 How = Literal["linear", "cat", "ties", "dare_linear", "dare_ties", "magnitude_prune", "svd",

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
+from lora_mini_jax.algebra.hopper import fits, product_plus_thin, wide
+from lora_mini_jax.algebra.products import halves, through
 from lora_mini_jax.hardware import multiprocessors, takes_joint_products
-from lora_mini_jax.hopper import fits, product_plus_thin, wide
-from lora_mini_jax.products import halves, through
 
 Array = jax.Array
 KEPT = "joint_product"

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
+from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Method
-from lora_mini_jax.plan import Site
 from lora_mini_jax.tree import Target
 
 

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lora_mini_jax.adapter import Adapter, as_key
+from lora_mini_jax.adapters.adapter import Adapter, as_key
 from lora_mini_jax.data import Batches
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.gradient import LossFn, accumulated, gradient
 from lora_mini_jax.methods.diffora import GATE
-from lora_mini_jax.train import TrainState, jitted, where
+from lora_mini_jax.training.gradient import LossFn, accumulated, gradient
+from lora_mini_jax.training.train import TrainState, jitted, where
 
 
 class SearchMetrics(NamedTuple):

@@ -9,9 +9,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.checks import require_number, require_whole
+from lora_mini_jax.algebra.products import through
 from lora_mini_jax.method import Factors, Method
-from lora_mini_jax.products import through
+from lora_mini_jax.settings.checks import require_number, require_whole
 from lora_mini_jax.tree import float32
 
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_mini_jax.adapters.transform import SUFFIX
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.transform import SUFFIX
 
 
 def trainable_mask(tree: Any) -> Any:

@@ -13,14 +13,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_mini_jax.adapter import Adapter, check_adapter, draw
+from lora_mini_jax.adapters.adapter import Adapter, check_adapter, draw
+from lora_mini_jax.adapters.sites import check
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import new_folder, read_json, write_text, writing
 from lora_mini_jax.method import Factors
-from lora_mini_jax.plan import check
 from lora_mini_jax.processes import on_host, together
-from lora_mini_jax.record import Record, read_record, to_text
-from lora_mini_jax.same_base import check_base, check_bits, check_drawn
+from lora_mini_jax.saved.record import Record, read_record, to_text
+from lora_mini_jax.saved.same_base import check_base, check_bits, check_drawn
 from lora_mini_jax.tree import by_name, flatten, unflatten
 
 GROUPS = ("trainable", "frozen")

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_mini_jax import moves
-from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.training import moves
 
 LossFn = Callable[..., Any]
 """``loss_fn(params, adapter, batch, key) -> loss`` or ``(loss, aux)``."""

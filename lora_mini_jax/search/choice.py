@@ -10,12 +10,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_mini_jax.adapter import Adapter
-from lora_mini_jax.checks import require_choice, require_number
+from lora_mini_jax.adapters.adapter import Adapter
+from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.layers import place
 from lora_mini_jax.methods.diffora import GATE, DiffoRA, Sharing
-from lora_mini_jax.plan import Site
+from lora_mini_jax.settings.checks import require_choice, require_number
 
 Scores = Mapping[str, float]
 """What a kernel's adapter is worth, by the kernel's path."""

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.adapters.adapter import Adapter
+from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.methods import from_dict
-from lora_mini_jax.plan import Site
 from lora_mini_jax.processes import on_host
-from lora_mini_jax.sketch import sketch
+from lora_mini_jax.saved.sketch import sketch
 from lora_mini_jax.tree import Target, flatten
 
 FORMAT = 1

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_mini_jax.adapter import Adapter
+from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.record import Record, bits_of, fingerprint
-from lora_mini_jax.sketch import same, sketch
+from lora_mini_jax.saved.record import Record, bits_of, fingerprint
+from lora_mini_jax.saved.sketch import same, sketch
 from lora_mini_jax.tree import by_name, flatten
 
 

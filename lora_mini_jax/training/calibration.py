@@ -12,14 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.adapter import Adapter, draw
-from lora_mini_jax.decompositions import orthonormal, top_singular
+from lora_mini_jax.adapters.adapter import Adapter, draw
+from lora_mini_jax.adapters.sites import Site
+from lora_mini_jax.algebra.decompositions import orthonormal, top_singular
+from lora_mini_jax.algebra.low_rank import Product
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.gradient import LossFn, parted
-from lora_mini_jax.low_rank import Product
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.methods.full import Full
-from lora_mini_jax.plan import Site
+from lora_mini_jax.training.gradient import LossFn, parted
 from lora_mini_jax.tree import float32, matrices, over_lead
 
 PASSES = 3

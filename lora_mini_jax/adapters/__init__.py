@@ -1,0 +1,1 @@
+"""Adapters as values: planned, made, merged, combined, and put side by side."""

@@ -1,0 +1,1 @@
+"""Thin matrices: how they are drawn, made from data, multiplied and decomposed."""

@@ -1,0 +1,1 @@
+"""How a model's call is adapted, whatever the library of its layers."""

@@ -1,0 +1,1 @@
+"""What a step takes, before there are weights or devices."""

@@ -1,0 +1,1 @@
+"""The training step, optimisers, and factors that come from data."""
