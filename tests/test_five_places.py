@@ -26,15 +26,15 @@ SPEC = re.compile(r"[\w-]+(?=$|:\w)")
 # recomputes. A search belongs to DiffoRA as its step does to SwitchLoRA, but has a training set of
 # its own. Options have defaults, pre-training offers four methods by name, the demo shows two.
 MAY_NAME = {
-    "Full": {"plan.py", "calibration.py", "runs/scratch.py", "combination.py", "models/remat.py",
-             "options/training.py", "options/pretrain.py"},
-    "LoRA": {"folding.py", "combination.py",  # what others are folded into
+    "Full": {"adapters/sites.py", "adapters/combination.py", "training/calibration.py",
+             "models/remat.py", "options/training.py", "options/pretrain.py", "runs/scratch.py"},
+    "LoRA": {"adapters/folding.py", "adapters/combination.py",  # what others are folded into
              "options/compare.py", "options/pretrain.py", "runs/demo.py"},
     "LoRAMini": {"options/adapter.py", "options/compare.py", "runs/demo.py",
                  "cli.py"},  # its name too
     "ReLoRA": {"options/pretrain.py"},
     "SwitchLoRA": {"options/pretrain.py"},
-    "DiffoRA": {"choice.py", "search.py", "runs/search.py"},
+    "DiffoRA": {"search/choice.py", "search/search.py", "runs/search.py"},
 }  # fmt: skip
 
 
