@@ -187,7 +187,7 @@ def adapt(
             if used[path] > before:
                 return y  # in one product; or a subclass called its parent, which was adapted
             used[path] += 1
-            return y + beside.delta(sites[path], view, kernel, own, y.dtype, before)
+            return beside.with_delta(y, sites[path], view, kernel, own, before)
 
         joined = beside.marked(*beside.prepared(params, adapter, dropout_key), this)
         with hardware.on_mesh(rows), nn.intercept_methods(interceptor):

@@ -171,7 +171,7 @@ def adapt(model: nnx.Module, rules: Rules | None = None) -> Callable[..., Any]:
             leaves = getattr(module, view.leaf + beside.SUFFIX)
             own = {name: leaf[...] for name, leaf in leaves.items()}
             used[path] += 1
-            return y + beside.delta(sites[path], view, kernel, own, y.dtype, used[path] - 1)
+            return beside.with_delta(y, sites[path], view, kernel, own, used[path] - 1)
 
         others = _copied(rest if variables is None else variables)
         fresh = nnx.merge(graph, _filled(shapes, shifted), others)

@@ -19,7 +19,7 @@ from lora_mini_jax.algebra.draws import fold_path, split_key
 from lora_mini_jax.algebra.joint import multiplied
 from lora_mini_jax.call.views import View
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.hardware import takes_joint_products
+from lora_mini_jax.hardware import device, takes_joint_products
 from lora_mini_jax.selection import listing
 from lora_mini_jax.tree import check_fit, dense, flatten, over_lead, unflatten
 
@@ -150,13 +150,37 @@ def multiplying(
         object.__setattr__(module, "dot_general", None)
 
 
-def delta(
-    site: Site, view: View, kernel: Array, factors: Mapping[str, Array], dtype: Any, call: int
+def with_delta(
+    y: Array, site: Site, view: View, kernel: Array, factors: Mapping[str, Array], call: int
 ) -> Array:
-    """The adapter's contribution to the ``call``-th call of a layer, in the shape and dtype of the
-    layer's output; kernel and factors are the layer's own, without stacked axes. Rows that are
-    looked up know no dropout, as in PEFT."""
-    factors = dict(factors)
+    """The output of the ``call``-th call of a layer with the adapter's contribution; kernel and
+    factors are the layer's own, without stacked axes. Rows that are looked up know no dropout, as
+    in PEFT."""
+    total = y + _delta(site, view, kernel, dict(factors), y.dtype, call)
+    return _one_array(total) if device().platform == "cpu" else total
+
+
+@jax.custom_jvp
+def _one_array(total: Array) -> Array:
+    """The sum; and where a gradient is taken, as one array that the backward pass reads.
+
+    XLA for CPUs repeats a cheap sum wherever it is used, and so keeps both terms until the last of
+    these places. It repeats nothing that comes out of a conditional; and which branch is taken it
+    cannot see behind the barrier, nor does it look again once the barrier is gone.
+    """
+    return total
+
+
+@_one_array.defjvp
+def _one_array_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    never = jax.lax.optimization_barrier(jnp.zeros((), bool))
+    return jax.lax.cond(never, jnp.negative, lambda total: total, *primals), *tangents
+
+
+def _delta(
+    site: Site, view: View, kernel: Array, factors: dict[str, Array], dtype: Any, call: int
+) -> Array:
+    """The contribution, in the shape and dtype of the layer's output."""
     stream = factors.pop(DROPOUT, None)
     inner = replace(site.target, shape=site.target.shape[site.target.stack :], stack=0)
     kernel = inner.matrix(kernel)
