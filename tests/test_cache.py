@@ -25,8 +25,9 @@ from lora_mini_jax.data import (
     packing,
 )
 from lora_mini_jax.data.cache import cache_folder
+from lora_mini_jax.data.encoded import joined
 from lora_mini_jax.data.pair_rows import pair_rows
-from lora_mini_jax.data.pairs import encode_pairs
+from lora_mini_jax.data.pairs import pair_stream
 from lora_mini_jax.data.records import open_records, read_records
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.tasks import language, seq2seq
@@ -81,7 +82,8 @@ class Bytes:
 
 def recipe(options: Finetune, tokenizer: Any = None) -> cache.Recipe:
     folder = Path(options.model)
-    return language.recipe(options, tokenizer or load_tokenizer(folder), folder)
+    config: Any = None  # a decoder's rows need none of it
+    return language.recipe(options, config, tokenizer or load_tokenizer(folder), folder)
 
 
 def pairs_recipe(options: Finetune) -> cache.Recipe:
@@ -128,9 +130,8 @@ def test_pairs_on_disk_are_those_in_memory(place: Path) -> None:
         parts = read_rows(options, pairs_recipe(options))
         for part, records in zip(parts, halves(options), strict=True):
             tokenizer: Any = Bytes()
-            encoded = encode_pairs(
-                records, tokenizer, options.record_fields(), start_id=3, max_length=40
-            )
+            how: dict[str, Any] = {"start_id": 3, "max_length": 40}
+            encoded = joined(pair_stream(records, tokenizer, options.record_fields(), **how))
             same(part.rows, pair_rows(encoded.examples, max_length=40, pad_id=1))
             assert part.skipped == encoded.skipped
 

@@ -12,8 +12,9 @@ import pytest
 from lora_mini_jax import LoRA, UserError, init, linen, merge, select
 from lora_mini_jax.adapters.adapter import draw
 from lora_mini_jax.data import Fields, load_tokenizer
+from lora_mini_jax.data.encoded import joined
 from lora_mini_jax.data.pair_rows import pair_rows
-from lora_mini_jax.data.pairs import encode_pairs
+from lora_mini_jax.data.pairs import pair_stream
 from lora_mini_jax.generation.generate import generate
 from lora_mini_jax.methods import from_spec
 from lora_mini_jax.models import load
@@ -49,7 +50,7 @@ def quiet(given):
 def encoded(place, records, **changes):
     options(place)
     given: dict[str, Any] = {"start_id": 9, "max_length": 6, "source": "some.jsonl", **changes}
-    return encode_pairs(records, load_tokenizer(place / "t5"), FIELDS, **given)
+    return joined(pair_stream(records, load_tokenizer(place / "t5"), FIELDS, **given))
 
 
 LONG = [

@@ -9,7 +9,8 @@ Texts with labels, for encoders, become rows in ``encode_labelled``; ``read_glue
 """
 
 from lora_mini_jax.data.batches import Batches
-from lora_mini_jax.data.examples import Encoded, Example, encode_records
+from lora_mini_jax.data.encoded import Encoded
+from lora_mini_jax.data.examples import Example, encode_records
 from lora_mini_jax.data.fields import Fields
 from lora_mini_jax.data.glue_files import read_glue
 from lora_mini_jax.data.labels import (

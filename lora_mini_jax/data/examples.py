@@ -14,18 +14,16 @@ bos and eos are those of the tokenizer, where it has them. The first token of a 
 predicted from nothing, so it never counts in the loss.
 """
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_mini_jax.data.encoded import Encoded, Overlong, check_limits, in_parts, joined
 from lora_mini_jax.data.fields import Fields, conversations, strings
-from lora_mini_jax.data.files import Record, chunks
+from lora_mini_jax.data.files import Record
 from lora_mini_jax.data.tokenizer import Tokenizer
 from lora_mini_jax.errors import UserError
-
-Overlong = Literal["skip", "truncate", "error"]
 
 
 class Example(NamedTuple):
@@ -36,14 +34,6 @@ class Example(NamedTuple):
 
     tokens: np.ndarray
     loss_mask: np.ndarray
-
-
-class Encoded(NamedTuple):
-    """The examples in the order of their records, and how many were left out or cut."""
-
-    examples: list[Example]
-    skipped: int
-    truncated: int
 
 
 def encode_records(
@@ -78,26 +68,8 @@ def encode_records(
         >>> encode_records([{"q": "a", "r": "b"}], tokenizer, fields, max_length=8).examples
         [Example(tokens=array([0, 1], dtype=int32), loss_mask=array([False,  True]))]
     """
-    parts = list(
-        encode_stream(
-            records,
-            tokenizer,
-            fields,
-            max_length=max_length,
-            overlong=overlong,
-            source=source,
-        )
-    )
-    examples = [example for part in parts for example in part.examples]
-    return Encoded(examples, sum(p.skipped for p in parts), sum(p.truncated for p in parts))
-
-
-def check_limits(max_length: int, overlong: str) -> None:
-    """Raise `UserError` for limits that are not allowed."""
-    if max_length < 2:
-        raise UserError(f"max_length {max_length} is not allowed: give a whole number from 2")
-    if overlong not in get_args(Overlong):
-        raise UserError(f"overlong {overlong!r} is not allowed: give skip, truncate or error")
+    fit: dict[str, Any] = {"max_length": max_length, "overlong": overlong}
+    return joined(encode_stream(records, tokenizer, fields, source=source, **fit))
 
 
 def encode_stream(
@@ -115,23 +87,20 @@ def encode_stream(
         UserError: as there; that nothing is left shows at the end.
     """
     check_limits(max_length, overlong)
-    seen, kept, shortest, longest = 0, 0, sys.maxsize, 0
-    for first, chunk in chunks(records):
-        fields = fields.resolved(chunk[0])  # the first chunk's: from then on they are named
+    lengths: list[int] = []
+
+    def encode(chunk: Sequence[Record], fields: Fields, first: int) -> Encoded:
         sequences = _sequences(chunk, tokenizer, fields, source, first)
-        lengths = [len(sequence.tokens) for sequence in sequences]
-        shortest, longest = min(shortest, *lengths), max(longest, *lengths)
-        part = _fit(sequences, max_length, overlong, source, first)
-        seen, kept = seen + len(chunk), kept + len(part.examples)
-        yield part
-    if not seen:
-        raise UserError(f"{source}: no records to encode: give at least one")
-    if not kept:
-        raise UserError(
-            f"{source}: none of {seen} records gives an example with loss (lengths: "
-            f"{shortest} to {longest} tokens, max_length {max_length}): raise max_length, "
-            "set overlong to truncate, or check the fields"
-        )
+        found = [*lengths, *(len(sequence.tokens) for sequence in sequences)]
+        lengths[:] = min(found), max(found)
+        return _fit(sequences, max_length, overlong, source, first)
+
+    def wanted() -> str:
+        shortest, longest = lengths
+        return (f"gives an example with loss (lengths: {shortest} to {longest} tokens, max_length "
+                f"{max_length})")  # fmt: skip
+
+    yield from in_parts(records, fields, encode, source, wanted)
 
 
 def _sequences(

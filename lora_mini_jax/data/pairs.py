@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_mini_jax.data.examples import Overlong, check_limits
+from lora_mini_jax.data.encoded import Encoded, Overlong, check_limits, in_parts
 from lora_mini_jax.data.fields import Fields, strings
-from lora_mini_jax.data.files import Record, chunks
+from lora_mini_jax.data.files import Record
 from lora_mini_jax.data.tokenizer import Tokenizer
 from lora_mini_jax.errors import UserError
 
@@ -21,14 +21,6 @@ class Pair(NamedTuple):
 
     source: np.ndarray
     target: np.ndarray
-
-
-class EncodedPairs(NamedTuple):
-    """The pairs in the order of their records, and how many were left out or cut."""
-
-    examples: list[Pair]
-    skipped: int
-    truncated: int
 
 
 def source_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
@@ -44,8 +36,8 @@ def source_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return [ids + tokenizer.closing for ids in tokenizer.encode_batch(texts)]
 
 
-def encode_pairs(
-    records: Sequence[Record],
+def pair_stream(
+    records: Iterable[Record],
     tokenizer: Tokenizer,
     fields: Fields,
     *,
@@ -53,8 +45,9 @@ def encode_pairs(
     max_length: int,
     overlong: Overlong = "skip",
     source: str = "records",
-) -> EncodedPairs:
-    """The records' prompts and completions as pairs, of at most ``max_length`` tokens on each side.
+) -> Iterator[Encoded]:
+    """The records' prompts and completions as `Pair`s, of at most ``max_length`` tokens on each
+    side; in parts, of a hundred records or so, so that none is held for long.
 
     Args:
         records: as from ``read_records``.
@@ -70,42 +63,11 @@ def encode_pairs(
 
     Raises:
         UserError: no records, records of another form, a field that is missing or holds no text,
-            an overlong pair if so asked, or nothing left at all.
-    """
-    parts = list(
-        pair_stream(
-            records,
-            tokenizer,
-            fields,
-            start_id=start_id,
-            max_length=max_length,
-            overlong=overlong,
-            source=source,
-        )
-    )
-    pairs = [pair for part in parts for pair in part.examples]
-    return EncodedPairs(pairs, sum(p.skipped for p in parts), sum(p.truncated for p in parts))
-
-
-def pair_stream(
-    records: Iterable[Record],
-    tokenizer: Tokenizer,
-    fields: Fields,
-    *,
-    start_id: int,
-    max_length: int,
-    overlong: Overlong = "skip",
-    source: str = "records",
-) -> Iterator[EncodedPairs]:
-    """`encode_pairs` in parts, of a hundred records or so, so that none is held for long.
-
-    Raises:
-        UserError: as there; that nothing is left shows at the end.
+            an overlong pair if so asked, or nothing left at all, which shows at the end.
     """
     check_limits(max_length, overlong)
-    seen = kept = 0
-    for first, chunk in chunks(records):
-        fields = fields.resolved(chunk[0])  # the first chunk's: from then on they are named
+
+    def encode(chunk: Sequence[Record], fields: Fields, first: int) -> Encoded:
         if fields.prompt_field is None or fields.completion_field is None:
             raise UserError(f"{source}: a model with an encoder learns from pairs of texts, not "
                             f"from text alone or chats (fields: {', '.join(map(str, chunk[0]))}): "
@@ -114,15 +76,10 @@ def pair_stream(
         completions = strings(chunk, fields.completion_field, source, first)
         read, end = source_ids(tokenizer, prompts), tokenizer.closing
         written = [[start_id, *ids, *end] for ids in tokenizer.encode_batch(completions)]
-        part = _fit(read, written, end, max_length, overlong, source, first)
-        seen, kept = seen + len(chunk), kept + len(part.examples)
-        yield part
-    if not seen:
-        raise UserError(f"{source}: no records to encode: give at least one")
-    if not kept:
-        raise UserError(f"{source}: none of {seen} records is a pair of at most max_length "
-                        f"{max_length} tokens: raise max_length, set overlong to truncate, or "
-                        "check the fields")  # fmt: skip
+        return _fit(read, written, end, max_length, overlong, source, first)
+
+    wanted = f"is a pair of at most max_length {max_length} tokens"
+    yield from in_parts(records, fields, encode, source, lambda: wanted)
 
 
 def _fit(
@@ -133,7 +90,7 @@ def _fit(
     overlong: Overlong,
     source: str,
     first: int,
-) -> EncodedPairs:
+) -> Encoded:
     pairs, truncated = [], 0
     for number, (read, written) in enumerate(zip(sources, targets, strict=True), first):
         cut = max(len(read), len(written)) > max_length
@@ -147,4 +104,4 @@ def _fit(
         if len(read) > max_length:
             read = read[: max_length - len(end)] + end
         pairs.append(Pair(np.array(read, np.int32), np.array(written[:max_length], np.int32)))
-    return EncodedPairs(pairs, len(sources) - len(pairs), truncated)
+    return Encoded(pairs, len(sources) - len(pairs), truncated)

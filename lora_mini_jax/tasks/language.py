@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -33,6 +33,8 @@ from lora_mini_jax.scores import Scores
 from lora_mini_jax.tasks.data import check_ids, read_rows
 from lora_mini_jax.tasks.devices import reading
 from lora_mini_jax.tasks.task import Task, planned_sites
+
+Made = TypeVar("Made", bound="LanguageTask")
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,26 +107,36 @@ class LanguageTask(Task):
 
 def prepare(options: Finetune) -> LanguageTask:
     """See `task.prepare`."""
-    if not options.data:
-        raise UserError("no training data: give --data, a file, folder or hub id")
     folder = resolve(options.model)
     config = load_decoder_config(folder)
     check_length(options.max_length, config)
+    return read(LanguageTask, options, folder, config, recipe, _prompts)
+
+
+def read(
+    kind: type[Made], options: Finetune, folder: Path, config: Any, recipe_of: Any, prompts_of: Any
+) -> Made:
+    """A task of texts from a model's folder.
+
+    Args:
+        kind: its class.
+        options: of the run.
+        folder: the model's, with its tokenizer.
+        config: the model's.
+        recipe_of: ``recipe_of(options, config, tokenizer, folder)``, how records become rows.
+        prompts_of: ``prompts_of(held_out, options, config)``, token ids to write samples after.
+    """
     sites = planned(options)
     tokenizer = load_tokenizer(folder)
-    train, valid = read_rows(options, recipe(options, tokenizer, folder))
+    train, valid = read_rows(options, recipe_of(options, config, tokenizer, folder))
     check_ids(tokenizer, config.vocab_size, max(train.top, valid.top))
     model, params = load(folder, **reading(options, load_module(folder)))
-    train_rows, valid_rows = (
-        Batches(part.rows, options.batch_size, options.seed) for part in (train, valid)
-    )
-    prompts = _prompts(valid, options, config.max_position_embeddings)
-    return LanguageTask(
+    prompts = prompts_of(valid, options, config)
+    return kind(
         model,
         params,
         sites,
-        train_rows,
-        valid_rows,
+        *(Batches(part.rows, options.batch_size, options.seed) for part in (train, valid)),
         notes=notes_of(train, valid, prompts, options),
         tokenizer=tokenizer,
         prompts=prompts,
@@ -146,7 +158,7 @@ def check_length(max_length: int, config: Any) -> None:
         )
 
 
-def recipe(options: Finetune, tokenizer: Tokenizer, folder: Path) -> Recipe:
+def recipe(options: Finetune, config: Any, tokenizer: Tokenizer, folder: Path) -> Recipe:
     """How records become rows."""
     fields, packing = options.record_fields(), options.packing
     fit = {"max_length": options.max_length, "overlong": options.overlong}
@@ -182,11 +194,11 @@ def spread(examples: Sequence[Any], number: int) -> Sequence[Any]:
     return examples[:: max(1, len(examples) // max(1, number))]
 
 
-def _prompts(valid: Part, options: Finetune, positions: int) -> list[list[int]]:
+def _prompts(valid: Part, options: Finetune, config: Any) -> list[list[int]]:
     """The start of a few held-out examples: what comes before the first token with a loss; of a
     text, which has loss everywhere, the first few tokens. Prompt and sample fit the model's
     positions."""
-    room = positions - options.max_new_tokens
+    room = config.max_position_embeddings - options.max_new_tokens
     prompts = []
     for example in spread(valid.examples, options.samples):
         first = int(np.argmax(example.loss_mask))

@@ -9,19 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_mini_jax.adapters.sites import Site
-from lora_mini_jax.data import Batches, Tokenizer, load_tokenizer
+from lora_mini_jax.data import Tokenizer
 from lora_mini_jax.data.pair_rows import PairRows, pair_chunks
 from lora_mini_jax.data.pairs import Pair, pair_stream
-from lora_mini_jax.data.recipe import Recipe
+from lora_mini_jax.data.recipe import Part, Recipe
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.models import load
-from lora_mini_jax.models.hub import load_config, load_module, resolve
+from lora_mini_jax.models.hub import load_config, resolve
 from lora_mini_jax.options import Finetune
-from lora_mini_jax.tasks.data import check_ids, read_rows
-from lora_mini_jax.tasks.devices import reading
-from lora_mini_jax.tasks.language import LanguageTask, notes_of, spread
-from lora_mini_jax.tasks.task import planned_sites
+from lora_mini_jax.tasks.language import LanguageTask, read, spread
+from lora_mini_jax.tasks.language import planned as planned
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,33 +39,7 @@ def prepare(options: Finetune) -> Seq2SeqTask:
         raise UserError(f"--separator {options.separator!r} goes between prompt and completion in "
                         "one text, and a T5 reads them apart: leave it out")  # fmt: skip
     folder = resolve(options.model)
-    config = load_config(folder)
-    sites = planned(options)
-    tokenizer = load_tokenizer(folder)
-    train, valid = read_rows(options, recipe(options, config, tokenizer, folder))
-    check_ids(tokenizer, config.vocab_size, max(train.top, valid.top))
-    model, params = load(folder, **reading(options, load_module(folder)))
-    train_rows, valid_rows = (
-        Batches(part.rows, options.batch_size, options.seed) for part in (train, valid)
-    )
-    examples = spread(valid.examples, options.samples)[: options.samples]
-    prompts = [pair.source.tolist() for pair in examples]
-    return Seq2SeqTask(
-        model,
-        params,
-        sites,
-        train_rows,
-        valid_rows,
-        notes=notes_of(train, valid, prompts, options),
-        tokenizer=tokenizer,
-        prompts=prompts,
-        max_new_tokens=options.max_new_tokens,
-    )
-
-
-def planned(options: Finetune) -> tuple[Site, ...]:
-    """See `task.planned`."""
-    return planned_sites(options, load_module(options.model, scan_layers=options.scan_layers))
+    return read(Seq2SeqTask, options, folder, load_config(folder), recipe, _sources)
 
 
 def recipe(options: Finetune, config: Any, tokenizer: Tokenizer, folder: Path) -> Recipe:
@@ -84,3 +54,9 @@ def recipe(options: Finetune, config: Any, tokenizer: Tokenizer, folder: Path) -
         {"rows": "pairs", "start_id": start, "pad_id": pad, "fields": asdict(fields), **fit},
         folder,
     )
+
+
+def _sources(valid: Part, options: Finetune, config: Any) -> list[list[int]]:
+    """A few held-out sources."""
+    pairs = spread(valid.examples, options.samples)[: options.samples]
+    return [pair.source.tolist() for pair in pairs]
