@@ -112,6 +112,12 @@ class Method(Settings, ABC):
     def delta(self, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
         """What is added to ``x @ kernel``: linear in ``x`` ``(..., in)``, gives ``(..., out)``."""
 
+    def adapted(self, y: jax.Array, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
+        """The product with the adapted kernel where ``y``, that with the kernel, is at hand: with
+        `delta` added. Override it where the update is made of ``y``, and `delta` would multiply
+        once more."""
+        return y + self.delta(x, kernel, factors).astype(y.dtype)
+
     @abstractmethod
     def merge(self, kernel: jax.Array, factors: Factors) -> jax.Array:
         """The adapted kernel as one dense matrix; everything in float32."""

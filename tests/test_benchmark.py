@@ -108,11 +108,15 @@ def miss(o: Options, rank: int = 16) -> int:
 
 
 def dora(o: Options, rank: int = 2) -> int:
-    """LoRA's, the kernel's own product once more each way, and the update for its norm."""
-    both = (3 * rank * (n + m) + 2 * n * m for n, m in kernels(o))
-    spared = [o.width * rank + o.width**2] * 3
+    """LoRA's, and the update for its norm."""
+    thin = (3 * rank * (n + m) for n, m in kernels(o))
     norms = o.layers * sum(2 * rank * n * m for n, m in kernels(o))
-    return floor(o) + o.layers * times_tokens(o, *both) + norms - times_tokens(o, *spared)
+    return (
+        floor(o)
+        + o.layers * times_tokens(o, *thin)
+        + norms
+        - times_tokens(o, *[o.width * rank] * 3)
+    )
 
 
 def test_the_file_holds_what_it_promises(record):

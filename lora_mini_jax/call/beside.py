@@ -156,7 +156,7 @@ def with_delta(
     """The output of the ``call``-th call of a layer with the adapter's contribution; kernel and
     factors are the layer's own, without stacked axes. Rows that are looked up know no dropout, as
     in PEFT."""
-    total = y + _delta(site, view, kernel, dict(factors), y.dtype, call)
+    total = _adapted(y, site, view, kernel, dict(factors), call)
     return _one_array(total) if device().platform == "cpu" else total
 
 
@@ -177,24 +177,29 @@ def _one_array_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array
     return jax.lax.cond(never, jnp.negative, lambda total: total, *primals), *tangents
 
 
-def _delta(
-    site: Site, view: View, kernel: Array, factors: dict[str, Array], dtype: Any, call: int
+def _adapted(
+    y: Array, site: Site, view: View, kernel: Array, factors: dict[str, Array], call: int
 ) -> Array:
-    """The contribution, in the shape and dtype of the layer's output."""
     stream = factors.pop(DROPOUT, None)
     inner = replace(site.target, shape=site.target.shape[site.target.stack :], stack=0)
-    kernel = inner.matrix(kernel)
+    method, kernel, x = site.method, inner.matrix(kernel), view.inputs
     if view.use == "rows":
-        return site.method.rows(view.inputs, kernel, factors).astype(dtype)
-    x, delta = view.inputs.astype(dtype), site.method.delta
+        return y + method.rows(x, kernel, factors).astype(y.dtype)
+    x = x.astype(y.dtype)
     if stream is not None:
-        x = _dropped(x, site.method.dropout, jax.random.fold_in(as_key(stream), call))
+        x = _dropped(x, method.dropout, jax.random.fold_in(as_key(stream), call))
     if view.use == "transposed":
-        thing = jax.ShapeDtypeStruct((*x.shape[:-1], inner.n_in), dtype)
-        transpose = jax.linear_transpose(lambda rows: delta(rows, kernel, factors), thing)
-        return view.outputs(transpose(x)[0])
+        thing = jax.ShapeDtypeStruct((*x.shape[:-1], inner.n_in), y.dtype)
+        transpose = jax.linear_transpose(lambda x: method.delta(x, kernel, factors), thing)
+        return y + view.outputs(transpose(x)[0])
+    if view.bare and stream is None:
+        return method.adapted(_rows(y), _rows(x), kernel, factors).reshape(y.shape)
     lead = len(view.batch)
-    # As one matrix of rows: XLA turns whole activations round where a gradient sums over two axes.
-    rows = x.reshape(*x.shape[:lead], -1, x.shape[-1])
-    y = over_lead(delta, lead)(rows, kernel, factors)
-    return view.outputs(y.reshape(*x.shape[:-1], y.shape[-1])).astype(dtype)
+    delta = over_lead(method.delta, lead)(_rows(x, lead), kernel, factors)
+    return y + view.outputs(delta.reshape(*x.shape[:-1], delta.shape[-1])).astype(y.dtype)
+
+
+def _rows(x: Array, lead: int = 0) -> Array:
+    """As one matrix of rows, after so many axes: XLA turns whole activations round where a gradient
+    sums over two."""
+    return x.reshape(*x.shape[:lead], -1, x.shape[-1])

@@ -25,6 +25,7 @@ class View:
         leaf: the parameter's name.
         use: ``"product"`` for ``x @ W``, ``"transposed"`` for ``x @ W.T``, ``"rows"`` for ``W[x]``.
         kind: what `Target.kind` becomes.
+        bare: whether the layer's output is ``inputs @ kernel`` and nothing beside it, no bias.
     """
 
     inputs: jax.Array
@@ -35,6 +36,7 @@ class View:
     leaf: str = "kernel"
     use: str = "product"
     kind: str = "linear"
+    bare: bool = False
 
 
 Rule = Callable[[nn.Module, str, tuple], View | None]
@@ -43,7 +45,8 @@ Rule = Callable[[nn.Module, str, tuple], View | None]
 
 def dense(module: nn.Module, method: str, args: tuple) -> View | None:
     """The rule of ``nn.Dense``: kernel ``(in, out)``."""
-    return View(args[0]) if method == "__call__" else None
+    bare = not getattr(module, "use_bias", True)
+    return View(args[0], bare=bare) if method == "__call__" else None
 
 
 def transposed_dense(module: nn.Module, method: str, args: tuple) -> View | None:
