@@ -101,7 +101,7 @@ def data(o: Options, folder: Path) -> tuple[Any, dict[str, Any]]:
     tokenizer.encode_batch(["warm"])
     began = time.perf_counter()
     with Growth() as growth:
-        part, _ = read_rows(given, recipe(given, None, tokenizer, Path(BASE)))
+        part, _ = read_rows(given, recipe(given, tokenizer, Path(BASE)))
     seconds = time.perf_counter() - began
     batches = Batches(part.rows, o.batch, seed=0)
     return batches, {"rows": len(part.rows.tokens), "seconds": seconds, "grown": growth.most}

@@ -82,8 +82,7 @@ class Bytes:
 
 def recipe(options: Finetune, tokenizer: Any = None) -> cache.Recipe:
     folder = Path(options.model)
-    config: Any = None  # a decoder's rows need none of it
-    return language.recipe(options, config, tokenizer or load_tokenizer(folder), folder)
+    return language.recipe(options, tokenizer or load_tokenizer(folder), folder)
 
 
 def pairs_recipe(options: Finetune) -> cache.Recipe:

@@ -1,6 +1,6 @@
 """Text that is continued: the task of a decoder, with packed rows and a loss token by token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -110,11 +110,24 @@ def prepare(options: Finetune) -> LanguageTask:
     folder = resolve(options.model)
     config = load_decoder_config(folder)
     check_length(options.max_length, config)
-    return read(LanguageTask, options, folder, config, recipe, _prompts)
+    room = config.max_position_embeddings - options.max_new_tokens
+    return read(
+        LanguageTask,
+        options,
+        folder,
+        config.vocab_size,
+        lambda tokenizer: recipe(options, tokenizer, folder),
+        lambda valid: _prompts(valid, options.samples, room),
+    )
 
 
 def read(
-    kind: type[Made], options: Finetune, folder: Path, config: Any, recipe_of: Any, prompts_of: Any
+    kind: type[Made],
+    options: Finetune,
+    folder: Path,
+    vocab_size: int,
+    recipe_of: Callable[[Tokenizer], Recipe],
+    prompts_of: Callable[[Part], list[list[int]]],
 ) -> Made:
     """A task of texts from a model's folder.
 
@@ -122,16 +135,16 @@ def read(
         kind: its class.
         options: of the run.
         folder: the model's, with its tokenizer.
-        config: the model's.
-        recipe_of: ``recipe_of(options, config, tokenizer, folder)``, how records become rows.
-        prompts_of: ``prompts_of(held_out, options, config)``, token ids to write samples after.
+        vocab_size: how many tokens the model knows.
+        recipe_of: how records become rows, with this tokenizer.
+        prompts_of: token ids to write samples after, from the held-out data.
     """
     sites = planned(options)
     tokenizer = load_tokenizer(folder)
-    train, valid = read_rows(options, recipe_of(options, config, tokenizer, folder))
-    check_ids(tokenizer, config.vocab_size, max(train.top, valid.top))
+    train, valid = read_rows(options, recipe_of(tokenizer))
+    check_ids(tokenizer, vocab_size, max(train.top, valid.top))
     model, params = load(folder, **reading(options, load_module(folder)))
-    prompts = prompts_of(valid, options, config)
+    prompts = prompts_of(valid)
     return kind(
         model,
         params,
@@ -158,7 +171,7 @@ def check_length(max_length: int, config: Any) -> None:
         )
 
 
-def recipe(options: Finetune, config: Any, tokenizer: Tokenizer, folder: Path) -> Recipe:
+def recipe(options: Finetune, tokenizer: Tokenizer, folder: Path) -> Recipe:
     """How records become rows."""
     fields, packing = options.record_fields(), options.packing
     fit = {"max_length": options.max_length, "overlong": options.overlong}
@@ -194,15 +207,13 @@ def spread(examples: Sequence[Any], number: int) -> Sequence[Any]:
     return examples[:: max(1, len(examples) // max(1, number))]
 
 
-def _prompts(valid: Part, options: Finetune, config: Any) -> list[list[int]]:
+def _prompts(valid: Part, samples: int, room: int) -> list[list[int]]:
     """The start of a few held-out examples: what comes before the first token with a loss; of a
-    text, which has loss everywhere, the first few tokens. Prompt and sample fit the model's
-    positions."""
-    room = config.max_position_embeddings - options.max_new_tokens
+    text, which has loss everywhere, the first few tokens. None has more tokens than ``room``."""
     prompts = []
-    for example in spread(valid.examples, options.samples):
+    for example in spread(valid.examples, samples):
         first = int(np.argmax(example.loss_mask))
         cut = first if first > 2 else min(12, len(example.tokens) - 1)
         if 0 < cut <= room:
             prompts.append(example.tokens[:cut].tolist())
-    return prompts[: options.samples]
+    return prompts[:samples]

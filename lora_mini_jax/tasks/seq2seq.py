@@ -39,7 +39,15 @@ def prepare(options: Finetune) -> Seq2SeqTask:
         raise UserError(f"--separator {options.separator!r} goes between prompt and completion in "
                         "one text, and a T5 reads them apart: leave it out")  # fmt: skip
     folder = resolve(options.model)
-    return read(Seq2SeqTask, options, folder, load_config(folder), recipe, _sources)
+    config = load_config(folder)
+    return read(
+        Seq2SeqTask,
+        options,
+        folder,
+        config.vocab_size,
+        lambda tokenizer: recipe(options, config, tokenizer, folder),
+        lambda valid: _sources(valid, options.samples),
+    )
 
 
 def recipe(options: Finetune, config: Any, tokenizer: Tokenizer, folder: Path) -> Recipe:
@@ -56,7 +64,6 @@ def recipe(options: Finetune, config: Any, tokenizer: Tokenizer, folder: Path) -
     )
 
 
-def _sources(valid: Part, options: Finetune, config: Any) -> list[list[int]]:
+def _sources(valid: Part, samples: int) -> list[list[int]]:
     """A few held-out sources."""
-    pairs = spread(valid.examples, options.samples)[: options.samples]
-    return [pair.source.tolist() for pair in pairs]
+    return [pair.source.tolist() for pair in spread(valid.examples, samples)[:samples]]
