@@ -112,11 +112,12 @@ class Method(Settings, ABC):
     def delta(self, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
         """What is added to ``x @ kernel``: linear in ``x`` ``(..., in)``, gives ``(..., out)``."""
 
-    def adapted(self, y: jax.Array, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
-        """The product with the adapted kernel where ``y``, that with the kernel, is at hand: with
-        `delta` added. Override it where the update is made of ``y``, and `delta` would multiply
-        once more."""
-        return y + self.delta(x, kernel, factors).astype(y.dtype)
+    def delta_beside(
+        self, product: jax.Array, x: jax.Array, kernel: jax.Array, factors: Factors
+    ) -> jax.Array:
+        """`delta` where the layer's own ``product``, ``x @ kernel``, is at hand. Override it where
+        the update is made of that, and `delta` would multiply once more."""
+        return self.delta(x, kernel, factors)
 
     @abstractmethod
     def merge(self, kernel: jax.Array, factors: Factors) -> jax.Array:

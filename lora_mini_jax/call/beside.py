@@ -192,10 +192,13 @@ def _adapted(
         thing = jax.ShapeDtypeStruct((*x.shape[:-1], inner.n_in), y.dtype)
         transpose = jax.linear_transpose(lambda x: method.delta(x, kernel, factors), thing)
         return y + view.outputs(transpose(x)[0])
-    if view.bare and stream is None:
-        return method.adapted(_rows(y), _rows(x), kernel, factors).reshape(y.shape)
     lead = len(view.batch)
-    delta = over_lead(method.delta, lead)(_rows(x, lead), kernel, factors)
+    if view.plain and stream is None:
+        product = y if view.bias is None else y - view.bias.astype(y.dtype)
+        product = product.reshape(-1, inner.n_out)
+        delta = method.delta_beside(product, _rows(x), kernel, factors)
+    else:
+        delta = over_lead(method.delta, lead)(_rows(x, lead), kernel, factors)
     return y + view.outputs(delta.reshape(*x.shape[:-1], delta.shape[-1])).astype(y.dtype)
 
 

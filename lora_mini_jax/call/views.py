@@ -2,12 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.tree import Target
@@ -25,7 +27,8 @@ class View:
         leaf: the parameter's name.
         use: ``"product"`` for ``x @ W``, ``"transposed"`` for ``x @ W.T``, ``"rows"`` for ``W[x]``.
         kind: what `Target.kind` becomes.
-        bare: whether the layer's output is ``inputs @ kernel`` and nothing beside it, no bias.
+        plain: whether the output is known to be ``inputs @ kernel + bias``; no rule need say so.
+        bias: what the layer adds, in the shape of its output's last axes; None where nothing.
     """
 
     inputs: jax.Array
@@ -36,7 +39,8 @@ class View:
     leaf: str = "kernel"
     use: str = "product"
     kind: str = "linear"
-    bare: bool = False
+    plain: bool = False
+    bias: jax.Array | None = None
 
 
 Rule = Callable[[nn.Module, str, tuple], View | None]
@@ -45,8 +49,7 @@ Rule = Callable[[nn.Module, str, tuple], View | None]
 
 def dense(module: nn.Module, method: str, args: tuple) -> View | None:
     """The rule of ``nn.Dense``: kernel ``(in, out)``."""
-    bare = not getattr(module, "use_bias", True)
-    return View(args[0], bare=bare) if method == "__call__" else None
+    return View(args[0]) if method == "__call__" else None
 
 
 def transposed_dense(module: nn.Module, method: str, args: tuple) -> View | None:
@@ -145,7 +148,21 @@ def view_by(
     """What a rule says of a call of a bound method, with the arguments in their order there."""
     bound = inspect.signature(function).bind(*args, **kw)
     bound.apply_defaults()
-    return rule(module, method, bound.args)
+    view = rule(module, method, bound.args)
+    body = function.func if isinstance(function, partial) else getattr(function, "__func__", None)
+    if view is None or view.batch or body not in _PLAIN:
+        return view
+    return replace(view, plain=True, bias=_bias(module))
+
+
+_PLAIN = {inspect.unwrap(layer.__call__)
+          for layer in (nn.Dense, nn.DenseGeneral, nnx.Linear, nnx.LinearGeneral)}  # fmt: skip
+
+
+def _bias(module: Any) -> jax.Array | None:
+    if isinstance(module, nn.Module):
+        return module.get_variable("params", "bias")
+    return None if module.bias is None else module.bias[...]
 
 
 def rule_of(cls: type, rules: Rules) -> tuple[type, Rule | None]:

@@ -20,9 +20,9 @@ class DoRA(LowRank):
     magnitude at the columns' norms of ``W``, so training starts at the unchanged model. As in the
     paper (section 4.3) the norm counts as a constant in the backward pass.
 
-    The update is made of ``x @ W``, which a layer without a bias has at hand. With a bias a call
-    needs it once more: XLA shares the forward product with the layer's own, the backward one
-    remains.
+    The update is made of ``x @ W``. A layer of Flax's own has that at hand, from its output and its
+    bias; any other layer, and one with dropout, multiplies once more: XLA shares the forward
+    product with the layer's own, the backward one remains.
 
     Unmerging is exact as long as no column of ``V`` points away from that of ``W`` (``v . w > 0``)
     and no magnitude is 0; a merged column alone does not tell its ``||V||``.
@@ -58,11 +58,16 @@ class DoRA(LowRank):
         return factors["A"], self.scale * factors["B"]
 
     def delta(self, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
-        base = float32(x @ kernel.astype(x.dtype))
-        return (self._moved(base, x, kernel, factors) - base).astype(x.dtype)
+        return self.delta_beside(x @ kernel.astype(x.dtype), x, kernel, factors)
 
-    def adapted(self, y: jax.Array, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
-        return self._moved(float32(y), x, kernel, factors).astype(y.dtype)
+    def delta_beside(
+        self, product: jax.Array, x: jax.Array, kernel: jax.Array, factors: Factors
+    ) -> jax.Array:
+        # In float32, for a narrow sum would lose a small update; and multiplied by the gain once,
+        # so that devices exchange its gradient once.
+        base = float32(product)
+        moved = base + float32(super().delta(x, kernel, factors))
+        return (moved * self._gain(kernel, factors) - base).astype(x.dtype)
 
     def rows(self, ids: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
         gain = self._gain(kernel, factors)
@@ -81,14 +86,6 @@ class DoRA(LowRank):
 
     def n_trainable(self, n_in: int, n_out: int) -> int:
         return self.rank * (n_in + n_out) + n_out
-
-    def _moved(
-        self, base: jax.Array, x: jax.Array, kernel: jax.Array, factors: Factors
-    ) -> jax.Array:
-        """The product with the adapted kernel, from that with the kernel: float32, for a narrow sum
-        would lose a small update; and multiplied by the gain once, so that devices exchange its
-        gradient once."""
-        return (base + float32(super().delta(x, kernel, factors))) * self._gain(kernel, factors)
 
     def _gain(self, kernel: jax.Array, factors: Factors) -> jax.Array:
         """``magnitude / ||V||`` for every output, the norm a constant. float32 ``(out,)``."""
