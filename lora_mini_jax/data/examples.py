@@ -15,13 +15,13 @@ predicted from nothing, so it never counts in the loss.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from lora_mini_jax.data.encoded import Encoded, Overlong, check_limits, in_parts, joined
+from lora_mini_jax.data.encoded import Encoded, Limits, Overlong, in_parts, joined
 from lora_mini_jax.data.fields import Fields, conversations, strings
-from lora_mini_jax.data.files import Record
+from lora_mini_jax.data.files import Record, place
 from lora_mini_jax.data.tokenizer import Tokenizer
 from lora_mini_jax.errors import UserError
 
@@ -34,6 +34,16 @@ class Example(NamedTuple):
 
     tokens: np.ndarray
     loss_mask: np.ndarray
+
+    @property
+    def length(self) -> int:
+        """How many tokens it has."""
+        return len(self.tokens)
+
+    def cut(self, max_length: int) -> "Example | None":
+        """Its first tokens; None where none of them has a loss."""
+        example = Example(self.tokens[:max_length], self.loss_mask[:max_length])
+        return example if example.loss_mask.any() else None
 
 
 def encode_records(
@@ -68,8 +78,10 @@ def encode_records(
         >>> encode_records([{"q": "a", "r": "b"}], tokenizer, fields, max_length=8).examples
         [Example(tokens=array([0, 1], dtype=int32), loss_mask=array([False,  True]))]
     """
-    fit: dict[str, Any] = {"max_length": max_length, "overlong": overlong}
-    return joined(encode_stream(records, tokenizer, fields, source=source, **fit))
+    stream = encode_stream(
+        records, tokenizer, fields, max_length=max_length, overlong=overlong, source=source
+    )
+    return joined(stream)
 
 
 def encode_stream(
@@ -86,21 +98,12 @@ def encode_stream(
     Raises:
         UserError: as there; that nothing is left shows at the end.
     """
-    check_limits(max_length, overlong)
-    lengths: list[int] = []
 
-    def encode(chunk: Sequence[Record], fields: Fields, first: int) -> Encoded:
-        sequences = _sequences(chunk, tokenizer, fields, source, first)
-        found = [*lengths, *(len(sequence.tokens) for sequence in sequences)]
-        lengths[:] = min(found), max(found)
-        return _fit(sequences, max_length, overlong, source, first)
+    def encode(chunk: Sequence[Record], fields: Fields, first: int) -> list[Example]:
+        return _sequences(chunk, tokenizer, fields, source, first)
 
-    def wanted() -> str:
-        shortest, longest = lengths
-        return (f"gives an example with loss (lengths: {shortest} to {longest} tokens, max_length "
-                f"{max_length})")  # fmt: skip
-
-    yield from in_parts(records, fields, encode, source, wanted)
+    limits = Limits(max_length, overlong)
+    return in_parts(records, fields, encode, Example.cut, limits, source)
 
 
 def _sequences(
@@ -116,26 +119,6 @@ def _sequences(
         return _completions(prompts, completions, tokenizer)
     texts = strings(records, fields.text_field or "text", source, first)
     return _completions(None, texts, tokenizer)
-
-
-def _fit(
-    sequences: list[Example], max_length: int, overlong: Overlong, source: str, first: int
-) -> Encoded:
-    examples, truncated = [], 0
-    for number, sequence in enumerate(sequences, first):
-        cut = len(sequence.tokens) > max_length
-        if cut and overlong == "error":
-            raise UserError(
-                f"{source}, record {number}: {len(sequence.tokens)} tokens, more than max_length "
-                f"{max_length}: raise max_length, or set overlong to skip or truncate"
-            )
-        if cut and overlong == "skip":
-            continue
-        example = Example(sequence.tokens[:max_length], sequence.loss_mask[:max_length])
-        if example.loss_mask.any():
-            examples.append(example)
-            truncated += cut
-    return Encoded(examples, len(sequences) - len(examples), truncated)
 
 
 def _completions(
@@ -159,7 +142,8 @@ def _chats(
         try:
             examples.append(_example(*tokenizer.encode_chat(messages)))
         except UserError as error:
-            raise UserError(f"{source}, record {number}: {error}") from error
+            where = place(records[number - first], number)
+            raise UserError(f"{source}, {where}: {error}") from error
     return examples
 
 

@@ -5,11 +5,12 @@ eos`` after the one token that starts it. Prompts of records are sources, comple
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from lora_mini_jax.data.encoded import Encoded, Overlong, check_limits, in_parts
+from lora_mini_jax.data.encoded import Encoded, Limits, Overlong, in_parts
 from lora_mini_jax.data.fields import Fields, strings
 from lora_mini_jax.data.files import Record
 from lora_mini_jax.data.tokenizer import Tokenizer
@@ -21,6 +22,22 @@ class Pair(NamedTuple):
 
     source: np.ndarray
     target: np.ndarray
+
+    @property
+    def length(self) -> int:
+        """How many tokens its longer side has."""
+        return max(len(self.source), len(self.target))
+
+    def cut(self, max_length: int, end: int) -> "Pair | None":
+        """Within so many tokens a side: a source still ends with its last ``end`` tokens, a target
+        does not. None where a side has nothing in it."""
+        source, target = self
+        if not len(source) or len(target) < 2:  # the first, which starts the decoder, is given
+            return None
+        if len(source) > max_length:
+            kept = max_length - end
+            source = np.concatenate([source[:kept], source[len(source) - end :]])
+        return Pair(source, target[:max_length])
 
 
 def source_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
@@ -65,43 +82,22 @@ def pair_stream(
         UserError: no records, records of another form, a field that is missing or holds no text,
             an overlong pair if so asked, or nothing left at all, which shows at the end.
     """
-    check_limits(max_length, overlong)
 
-    def encode(chunk: Sequence[Record], fields: Fields, first: int) -> Encoded:
+    def encode(chunk: Sequence[Record], fields: Fields, first: int) -> list[Pair]:
         if fields.prompt_field is None or fields.completion_field is None:
             raise UserError(f"{source}: a model with an encoder learns from pairs of texts, not "
                             f"from text alone or chats (fields: {', '.join(map(str, chunk[0]))}): "
                             "name those to use as prompt_field and completion_field")  # fmt: skip
         prompts = strings(chunk, fields.prompt_field, source, first)
         completions = strings(chunk, fields.completion_field, source, first)
-        read, end = source_ids(tokenizer, prompts), tokenizer.closing
+        read = source_ids(tokenizer, prompts)
         written = [[start_id, *ids, *end] for ids in tokenizer.encode_batch(completions)]
-        return _fit(read, written, end, max_length, overlong, source, first)
+        return [Pair(_ids(r), _ids(w)) for r, w in zip(read, written, strict=True)]
 
-    wanted = f"is a pair of at most max_length {max_length} tokens"
-    yield from in_parts(records, fields, encode, source, lambda: wanted)
+    end = tokenizer.closing
+    cut, limits = partial(Pair.cut, end=len(end)), Limits(max_length, overlong)
+    return in_parts(records, fields, encode, cut, limits, source)
 
 
-def _fit(
-    sources: list[list[int]],
-    targets: list[list[int]],
-    end: list[int],
-    max_length: int,
-    overlong: Overlong,
-    source: str,
-    first: int,
-) -> Encoded:
-    pairs, truncated = [], 0
-    for number, (read, written) in enumerate(zip(sources, targets, strict=True), first):
-        cut = max(len(read), len(written)) > max_length
-        if cut and overlong == "error":
-            raise UserError(f"{source}, record {number}: a pair has {len(read)} and {len(written)} "
-                            f"tokens, more than max_length {max_length}: raise max_length, or set "
-                            "overlong to skip or truncate")  # fmt: skip
-        if (cut and overlong == "skip") or not read or len(written) < 2:
-            continue
-        truncated += cut
-        if len(read) > max_length:
-            read = read[: max_length - len(end)] + end
-        pairs.append(Pair(np.array(read, np.int32), np.array(written[:max_length], np.int32)))
-    return Encoded(pairs, len(sources) - len(pairs), truncated)
+def _ids(ids: Sequence[int]) -> np.ndarray:
+    return np.array(ids, np.int32)
