@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from lora_mini_jax.adapters.adapter import Adapter
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.errors import UserError, first_line
 from lora_mini_jax.files import is_address, writes, writing
 from lora_mini_jax.processes import is_of_xla, together
 from lora_mini_jax.training.train import TrainState
@@ -116,11 +116,10 @@ class Checkpoints:
             how = ocp.checkpoint_utils.construct_restore_args(abstract)
             tree = self._manager.restore(step, args=ocp.args.PyTreeRestore(abstract, how))
         except Exception as error:  # Orbax and TensorStore raise a dozen kinds for a damaged file.
-            reason = str(error).strip().split("\n")[0][:200]
             raise UserError(
                 f"checkpoint {self.folder / str(step)} cannot be read ({type(error).__name__}: "
-                f"{reason}): delete that folder to go on from the one before it, or the run folder "
-                "to start again"
+                f"{first_line(error)}): delete that folder to go on from the one before it, or the "
+                "run folder to start again"
             ) from None
         return _restored(state, dict(tree))
 

@@ -30,7 +30,7 @@ from lora_mini_jax.options.paths import local
 from lora_mini_jax.options.words import (
     defaults_in_words,
     mistakes,
-    one_line,
+    parsers_error,
     settings_as_words,
     take_config,
 )
@@ -115,7 +115,7 @@ def parse(argv: list[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        said = mistakes(argv[1:], cls, default) or one_line(stderr.getvalue())
+        said = mistakes(argv[1:], cls, default) or parsers_error(stderr.getvalue())
         raise UserError(f"{said} (see lora-mini {command} --help)") from None
 
 

@@ -25,6 +25,31 @@ class UserError(ValueError):
         return " ".join(str(self).split())
 
 
+def one_line(error: BaseException, longest: int = 300) -> str:
+    """An exception of another library as one line, its kind first, cut to ``longest`` characters.
+
+    Example:
+        >>> one_line(KeyError("a"))
+        "KeyError: 'a'"
+    """
+    return _cut(" ".join(f"{type(error).__name__}: {error}".split()), longest)
+
+
+def first_line(error: BaseException, longest: int = 200) -> str:
+    """The first line of what another library says, for the rest is of its insides; its kind where
+    it says nothing.
+
+    Example:
+        >>> first_line(RuntimeError("no room\\n  at 0x7f00"))
+        'no room'
+    """
+    return _cut(next(iter(str(error).strip().splitlines()), type(error).__name__), longest)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
 @contextmanager
 def told_of_memory() -> Generator[None]:
     """Turn what JAX raises when a device has no room into a `UserError` that says what to do."""
@@ -33,11 +58,10 @@ def told_of_memory() -> Generator[None]:
     except Exception as error:
         if not any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")):
             raise
-        reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
-            f"a device has not enough memory ({reason}): take smaller batches or --accumulate them,"
-            " --remat full with --scan-layers, --quantize, or more devices with --mesh; "
-            "lora-mini plan tells beforehand what a step takes"
+            f"a device has not enough memory ({first_line(error)}): take smaller batches or "
+            "--accumulate them, --remat full with --scan-layers, --quantize, or more devices with "
+            "--mesh; lora-mini plan tells beforehand what a step takes"
         ) from error
 
 

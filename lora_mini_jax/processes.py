@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from lora_mini_jax.errors import UserError, told_of_memory
+from lora_mini_jax.errors import UserError, first_line, told_of_memory
 
 HEARTBEAT_SECONDS = 60
 """How long a process that has died goes unnoticed at most, where no exchange fails before."""
@@ -51,9 +51,8 @@ def start(coordinator: str, processes: int | None = None, process: int | None = 
     try:
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"--coordinator {coordinator}: the processes did not meet: {reason}"
+            f"--coordinator {coordinator}: the processes did not meet: {first_line(error)}"
         ) from None
 
 
@@ -128,10 +127,10 @@ def guarded(run: Callable[[], Any]) -> Any:
 def _leave(error: BaseException) -> NoReturn:
     """End this process of several, and say why."""
     if is_of_xla(error):
-        reason = str(error).strip().splitlines()[0][:200]
         _say(
-            f"process {jax.process_index()} of {jax.process_count()} lost the others ({reason}): "
-            "start all of them again, and they go on from the last checkpoint"
+            f"process {jax.process_index()} of {jax.process_count()} lost the others "
+            f"({first_line(error)}): start all of them again, and they go on from the last "
+            "checkpoint"
         )
         os._exit(75)
     code = 1

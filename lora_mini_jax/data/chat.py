@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -128,9 +128,8 @@ def _render(
             special_tokens, messages=messages, add_generation_prompt=prompt
         )
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        message = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"the chat template does not take these messages ({message}): "
+            f"the chat template does not take these messages ({one_line(error)}): "
             "change their roles and order, or the template"
         ) from error
 

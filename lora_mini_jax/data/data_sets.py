@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from lora_mini_jax.data.files import CHUNK, OneOf, Record, one_line
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.data.files import CHUNK, OneOf, Record
+from lora_mini_jax.errors import UserError, one_line
 
 
 def load_split(name: str, split: str, limit: int | None, config: str | None = None) -> Any:

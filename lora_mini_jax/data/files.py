@@ -12,24 +12,13 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.errors import UserError, one_line
 
 Record = dict[str, Any]
 CHUNK = 128
 """Records that are tokenised at once."""
 
 _JSON_KINDS = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-
-
-def one_line(error: BaseException, longest: int = 300) -> str:
-    """An exception of another library as one line, cut to ``longest`` characters.
-
-    Example:
-        >>> one_line(KeyError("a"))
-        "KeyError: 'a'"
-    """
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 class OneOf(str):

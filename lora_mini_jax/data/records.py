@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_mini_jax.data.data_sets import load_split, with_names
-from lora_mini_jax.data.files import READERS, Record, one_line
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.data.files import READERS, Record
+from lora_mini_jax.errors import UserError, one_line
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 

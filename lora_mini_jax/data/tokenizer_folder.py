@@ -7,9 +7,8 @@ a folder without one (an older ``vocab.txt``, say) goes through ``transformers.A
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_mini_jax.data.files import one_line
 from lora_mini_jax.data.tokenizer import Tokenizer
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.errors import UserError, one_line
 from lora_mini_jax.files import read_object
 
 if TYPE_CHECKING:

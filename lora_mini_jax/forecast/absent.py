@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import jax
 
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.errors import UserError, first_line
 
 ALONE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
          "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # fmt: skip
@@ -62,7 +62,7 @@ def slice_of(topology: str, mesh: str) -> Sequence[jax.Device]:
     try:
         devices = topologies.get_topology_desc(topology, "tpu").devices
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0].removeprefix("INVALID_ARGUMENT: ")[:200]
+        reason = first_line(error).removeprefix("INVALID_ARGUMENT: ")
         raise UserError(
             f"TPU {topology!r}: {reason.rstrip('.')}. Give a generation and a shape of whole "
             "hosts, such as v5e:2x2, v5e:4x4, v6e:4x4, v5p:2x2x1"

@@ -165,7 +165,7 @@ _SAID = {
 """What the option parser says, and what is said instead."""
 
 
-def one_line(text: str) -> str:
+def parsers_error(text: str) -> str:
     """What the option parser says in a box, as a line: from below the box's title up to its rule,
     where help begins. A terminal that knows ASCII alone gets another box."""
     box = "╭╮╰╯│─ "
