@@ -90,18 +90,20 @@ def own_memory() -> int:
 def data(o: Options, folder: Path) -> tuple[Any, dict[str, Any]]:
     """Batches, and what it cost to come by them."""
     from lora_mini_jax.data import Batches, load_tokenizer
+    from lora_mini_jax.models.hub import load_decoder_config
     from lora_mini_jax.options import Finetune
     from lora_mini_jax.options.adapter import BASE
     from lora_mini_jax.tasks.data import read_rows
-    from lora_mini_jax.tasks.language import recipe
+    from lora_mini_jax.tasks.language import LanguageTask
 
     given = Finetune(data=str(folder / "text.jsonl"), max_length=o.length,
                      overlong="truncate", cache_dir=str(folder / "rows"))  # fmt: skip
     tokenizer = load_tokenizer(BASE)
     tokenizer.encode_batch(["warm"])
+    recipe = LanguageTask.recipe(given, load_decoder_config(BASE), tokenizer, Path(BASE))
     began = time.perf_counter()
     with Growth() as growth:
-        part, _ = read_rows(given, recipe(given, tokenizer, Path(BASE)))
+        part, _ = read_rows(given, recipe)
     seconds = time.perf_counter() - began
     batches = Batches(part.rows, o.batch, seed=0)
     return batches, {"rows": len(part.rows.tokens), "seconds": seconds, "grown": growth.most}

@@ -36,7 +36,8 @@ from lora_mini_jax.runs.loop import make_evaluate
 from lora_mini_jax.runs.schedule import optimizer
 from lora_mini_jax.search.choice import discretise, openings
 from lora_mini_jax.search.search import halves, make_search_step, search_state
-from lora_mini_jax.tasks.task import Task, prepare
+from lora_mini_jax.tasks.kinds import prepare
+from lora_mini_jax.tasks.task import Task
 from lora_mini_jax.training.train import TrainState, make_train_step
 
 SEARCHED = "DiffoRA"

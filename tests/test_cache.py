@@ -32,7 +32,7 @@ from lora_mini_jax.data.records import open_records, read_records
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.tasks import language, seq2seq
 from lora_mini_jax.tasks.data import read_rows
-from lora_mini_jax.tasks.task import prepare
+from lora_mini_jax.tasks.kinds import prepare
 from tests.runs import options
 
 SETTINGS = {
@@ -82,13 +82,15 @@ class Bytes:
 
 def recipe(options: Finetune, tokenizer: Any = None) -> cache.Recipe:
     folder = Path(options.model)
-    return language.recipe(options, tokenizer or load_tokenizer(folder), folder)
+    config = language.LanguageTask.config(options, folder)
+    tokenizer = tokenizer or load_tokenizer(folder)
+    return language.LanguageTask.recipe(options, config, tokenizer, folder)
 
 
 def pairs_recipe(options: Finetune) -> cache.Recipe:
     config: Any = SimpleNamespace(decoder_start_token_id=3, pad_token_id=1)
     tokenizer: Any = Bytes()
-    return seq2seq.recipe(options, config, tokenizer, Path(options.model))
+    return seq2seq.Seq2SeqTask.recipe(options, config, tokenizer, Path(options.model))
 
 
 def same(one: Any, other: Any) -> None:

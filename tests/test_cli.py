@@ -390,7 +390,7 @@ def test_merging_into_a_folder_in_use_is_refused(place, capsys):
 def test_exporting_over_anything_but_an_export_is_refused_at_once(place, capsys, here, monkeypatch):
     from lora_mini_jax.commands import adapters
 
-    monkeypatch.setattr(adapters, "load_for", lambda *given: pytest.fail("the model was read"))
+    monkeypatch.setattr(adapters.Trained, "load", lambda *given: pytest.fail("the model was read"))
     before = sorted(place.rglob("*"))
     argv = ["export", "--model", place / "model", "--adapter", place / "run" / "adapter"]
     assert here in refused(capsys, *argv, "--output-dir", place / here)

@@ -34,7 +34,7 @@ from lora_mini_jax.runs.folder import RunFolder
 from lora_mini_jax.runs.loop import fit
 from lora_mini_jax.runs.meter import Meter
 from lora_mini_jax.runs.schedule import of_length, optimizer
-from lora_mini_jax.tasks.task import prepare
+from lora_mini_jax.tasks.kinds import prepare
 from lora_mini_jax.tree import flatten
 from tests.cases import CASES, VOCAB, drawn, draws, random_params, setup
 from tests.runs import options

@@ -30,7 +30,7 @@ from lora_mini_jax.runs.meter import Meter
 from lora_mini_jax.runs.schedule import learning_rate
 from lora_mini_jax.saved import storage
 from lora_mini_jax.tasks import language
-from lora_mini_jax.tasks.task import prepare
+from lora_mini_jax.tasks.kinds import prepare
 from tests.runs import options, stopped_at, write_data
 
 
@@ -308,10 +308,10 @@ def test_a_model_without_room_for_samples_trains(place, samples):
 
 def test_samples_need_room_in_the_model_alone(place):
     given = options(place, max_length=64, max_new_tokens=100, samples=2, valid=options(place).data)
-    task = language.prepare(given)
+    task = language.LanguageTask.read(given)
     assert len(task.prompts) == 2
     assert task.notes == []
-    task = language.prepare(dataclasses.replace(given, max_new_tokens=120))
+    task = language.LanguageTask.read(dataclasses.replace(given, max_new_tokens=120))
     assert task.prompts == []
     assert task.notes == ["0 of 2 samples: of 48 held-out examples, no more have a prompt that "
                           "leaves room for 120 new tokens"]  # fmt: skip

@@ -19,7 +19,7 @@ from lora_mini_jax.data import (
     read_records,
 )
 from lora_mini_jax.glue import HUB, TASKS
-from lora_mini_jax.tasks.task import prepare
+from lora_mini_jax.tasks.kinds import prepare
 from tests.encoder_runs import options
 
 FILES = {

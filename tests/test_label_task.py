@@ -21,7 +21,7 @@ from lora_mini_jax.runs.finetune import finetune
 from lora_mini_jax.runs.folder import RunFolder
 from lora_mini_jax.runs.loop import make_evaluate
 from lora_mini_jax.saved import storage
-from lora_mini_jax.tasks.task import planned, prepare
+from lora_mini_jax.tasks.kinds import planned, prepare
 from tests.encoder_runs import options, rows, write_encoder, write_rows
 from tests.runs import options as language_options
 from tests.runs import stopped_at

@@ -30,7 +30,7 @@ from lora_mini_jax.options import Export, Generate, Merge
 from lora_mini_jax.quantized import Quantized, quantize, quantized
 from lora_mini_jax.runs.finetune import finetune
 from lora_mini_jax.saved import storage
-from lora_mini_jax.tasks.head import load_for
+from lora_mini_jax.tasks.trained import Trained
 from lora_mini_jax.tree import dense, flatten, unflatten
 from tests import runs
 from tests.cases import cross_entropy, draws, random_params, randomised, setup
@@ -221,7 +221,7 @@ def test_the_share_that_is_trained_is_of_the_dense_model(trained: tuple[Path, st
 def test_the_commands_take_the_base_as_it_was_trained_on(trained: tuple[Path, str]):
     place, bits = trained
     adapter = str(place / "run" / "adapter")
-    model, params = load_for(adapter, place / "model")
+    model, params = Trained.read(str(adapter), str(place / "model")).load_base()
     assert {leaf.bits for leaf in flatten(params).values() if isinstance(leaf, Quantized)} == {bits}
     tokens = jnp.arange(24).reshape(2, 12) + 3
     y = linen.adapt(model)(params, storage.load(adapter, params), tokens)
@@ -256,4 +256,4 @@ def test_another_base_or_a_dense_one_is_refused(trained: tuple[Path, str]):
     if not (other := place / "other").exists():
         runs.write_model(other, seed=9)
     with pytest.raises(UserError, match="another base model"):
-        storage.load(adapter, load_for(adapter, other)[1])
+        Trained.read(str(adapter), str(other)).load()

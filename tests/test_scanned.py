@@ -18,7 +18,7 @@ from lora_mini_jax.models import load
 from lora_mini_jax.options import Export, Generate, Merge, Predict
 from lora_mini_jax.runs.finetune import finetune
 from lora_mini_jax.saved import storage
-from lora_mini_jax.tasks.task import all_targets
+from lora_mini_jax.tasks.sites import all_targets
 from tests import encoder_runs, runs, seq2seq_runs
 from tests.runs import write_model
 

@@ -19,8 +19,8 @@ from lora_mini_jax.generation.generate import generate
 from lora_mini_jax.methods import from_spec
 from lora_mini_jax.models import load
 from lora_mini_jax.runs.finetune import finetune
+from lora_mini_jax.tasks.kinds import planned, prepare
 from lora_mini_jax.tasks.seq2seq import Seq2SeqTask
-from lora_mini_jax.tasks.task import planned, prepare
 from tests.cases import randomised
 from tests.runs import stopped_at
 from tests.seq2seq_runs import options, pairs, write_rows

@@ -17,10 +17,9 @@ from lora_mini_jax.models import load
 from lora_mini_jax.models import save as save_model
 from lora_mini_jax.models.hub import load_module, resolve
 from lora_mini_jax.models.t5 import T5
-from lora_mini_jax.options import Export, Generate, Merge
+from lora_mini_jax.options import BASE, Export, Generate, Merge
 from lora_mini_jax.peft import config, tensors
-from lora_mini_jax.saved import storage
-from lora_mini_jax.tasks.head import base_of, head_of, load_for
+from lora_mini_jax.tasks.trained import Trained
 
 
 def run_generate(options: Generate, say: Callable[[str], None] = print) -> list[str]:
@@ -29,21 +28,21 @@ def run_generate(options: Generate, say: Callable[[str], None] = print) -> list[
     Raises:
         UserError: a model or adapter that cannot be used, or settings out of range.
     """
-    folder = resolve(base_of(options.model, options.adapter))
+    trained = Trained.read(options.adapter, options.model) if options.adapter else None
+    folder = trained.base_folder if trained else resolve(options.model or BASE)
     answers = type(load_module(folder)) is T5
     if answers and options.chat:
         raise UserError(
             "--chat is for decoders with a chat template, and a T5 has none: leave it out"
         )
-    given = options.adapter
-    model, params = load(folder) if given is None else load_for(given, folder)
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.chat_prompt if options.chat else tokenizer.prompt
     prompts = source_ids(tokenizer, options.prompt) if answers else list(map(ids, options.prompt))
     adapter: Adapter | None = None
-    if options.adapter is not None:
-        allow = options.allow_different_base
-        adapter = storage.load(options.adapter, params, allow_different_base=allow)
+    if trained:
+        model, params, adapter = trained.load(options.allow_different_base)
+    else:
+        model, params = load(folder)
     written = generate(
         model,
         params,
@@ -69,13 +68,11 @@ def run_merge(options: Merge, say: Callable[[str], None] = print) -> None:
     Raises:
         UserError: a model or adapter that cannot be used, or an output folder that is not empty.
     """
-    folder = resolve(base_of(options.model, options.adapter))
-    model, params = load_for(options.adapter, folder)
-    allow = options.allow_different_base
-    adapter = storage.load(options.adapter, params, allow_different_base=allow)
+    trained = Trained.read(options.adapter, options.model)
+    model, params, adapter = trained.load(options.allow_different_base)
     merged = merge(params, adapter)
     dtype = jnp.dtype(options.dtype)
-    save_model(options.output_dir, model, merged, dtype=dtype, tokenizer_from=folder)
+    save_model(options.output_dir, model, merged, dtype=dtype, tokenizer_from=trained.base_folder)
     say(f"merged model: {options.output_dir}")
 
 
@@ -87,24 +84,22 @@ def run_export(options: Export, say: Callable[[str], None] = print) -> None:
             output folder that holds anything but an adapter of PEFT's.
     """
     check_replaceable(options.output_dir, {config.FILE, tensors.FILE})
-    base = base_of(options.model, options.adapter)
-    model, params = load_for(options.adapter, resolve(base))
-    allow = options.allow_different_base
-    adapter = storage.load(options.adapter, params, allow_different_base=allow)
+    trained = Trained.read(options.adapter, options.model)
+    model, params, adapter = trained.load(options.allow_different_base)
     peft.save(
         options.output_dir,
         adapter,
         params,
         names=peft.names_of(model),
-        base=base,
+        base=trained.base,
         as_lora=options.as_lora,
-        task_type=_task_type(model, options.adapter),
+        task_type=_task_type(model, trained),
     )
     say(f"PEFT adapter: {options.output_dir}")
 
 
-def _task_type(model: Any, adapter: str) -> str:
+def _task_type(model: Any, trained: Trained) -> str:
     """What PEFT calls the task of a model with this adapter."""
-    if head_of(adapter) is not None:
+    if trained.head is not None:
         return "SEQ_CLS"
     return "SEQ_2_SEQ_LM" if type(model) is T5 else "CAUSAL_LM"

@@ -16,7 +16,7 @@ from lora_mini_jax.options import PlanStep
 from lora_mini_jax.runs.schedule import of_length, optimizer
 from lora_mini_jax.settings.spec import to_spec
 from lora_mini_jax.tasks.abstract import abstract_task
-from lora_mini_jax.tasks.task import all_targets
+from lora_mini_jax.tasks.sites import all_targets
 
 Report = dict[str, Any]
 STEPS = 1000

@@ -22,7 +22,7 @@ from lora_mini_jax.models.hub import load_module
 from lora_mini_jax.options import Inspect
 from lora_mini_jax.settings.spec import to_spec
 from lora_mini_jax.tasks.language import check_length
-from lora_mini_jax.tasks.task import all_targets, sites_among
+from lora_mini_jax.tasks.sites import all_targets, sites_among
 from lora_mini_jax.training.train import TrainState, make_train_step
 
 Report = dict[str, Any]

@@ -12,11 +12,10 @@ from lora_mini_jax import linen
 from lora_mini_jax.data import Batches, load_tokenizer, read_records
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import write_text, writing
-from lora_mini_jax.models.hub import resolve
 from lora_mini_jax.options import Predict
-from lora_mini_jax.saved import storage
-from lora_mini_jax.tasks.head import Head, base_of, head_of, load_for
+from lora_mini_jax.tasks.head import Head
 from lora_mini_jax.tasks.label import check_rows, encode
+from lora_mini_jax.tasks.trained import Trained
 
 
 def run_predict(options: Predict, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
@@ -30,20 +29,18 @@ def run_predict(options: Predict, say: Callable[[str], None] = print) -> list[di
             cannot be read; a file that cannot be written, or is of the data.
     """
     check_output(Path(options.output), Path(options.data).expanduser())
-    head = head_of(options.adapter)
+    trained = Trained.read(options.adapter, options.model)
+    head = trained.head
     if head is None:
         raise UserError(f"{options.adapter} was trained for language: give an adapter of finetune "
                         "--task classification or regression, or use generate")  # fmt: skip
-    folder = resolve(base_of(options.model, options.adapter))
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(trained.base_folder)
     records = read_records(options.data, split=options.split)
-    module = head.module(folder)
+    module = head.module(trained.base_folder)
     unknown = np.zeros(len(records), np.int32)
     rows, _ = encode(records, unknown, head, module.config, tokenizer, options.data)  # type: ignore[attr-defined]
     check_rows(module, tokenizer, rows)
-    model, params = load_for(options.adapter, folder)
-    allow = options.allow_different_base
-    adapter = storage.load(options.adapter, params, allow_different_base=allow)
+    model, params, adapter = trained.load(options.allow_different_base)
     batches = Batches(rows, options.batch_size, seed=0)
     apply = jax.jit(linen.adapt(model))
     names = ("tokens", "segment_ids", "type_ids")

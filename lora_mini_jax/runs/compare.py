@@ -8,7 +8,7 @@ from lora_mini_jax.runs.finetune import Log, finetune
 from lora_mini_jax.runs.folder import ComparisonFolder, RunFolder
 from lora_mini_jax.runs.report import compare_report
 from lora_mini_jax.runs.tables import label, table_row, table_text
-from lora_mini_jax.tasks.task import planned
+from lora_mini_jax.tasks.kinds import planned
 
 Row = dict[str, Any]
 ROW = ("method", "settings", "trainable", "trainable_share", "step_seconds", "step_bytes",

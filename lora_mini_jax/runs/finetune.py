@@ -14,7 +14,8 @@ from lora_mini_jax.runs.schedule import of_length, optimizer
 from lora_mini_jax.runs.search import check_search, searched
 from lora_mini_jax.saved.storage import save
 from lora_mini_jax.tasks.devices import Devices
-from lora_mini_jax.tasks.task import Task, prepare
+from lora_mini_jax.tasks.kinds import prepare
+from lora_mini_jax.tasks.task import Task
 from lora_mini_jax.training.calibration import calibrate
 
 CALIBRATION_BATCHES = 8

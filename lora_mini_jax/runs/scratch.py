@@ -27,7 +27,7 @@ from lora_mini_jax.runs.schedule import of_length
 from lora_mini_jax.selection import select
 from lora_mini_jax.tasks.devices import Devices
 from lora_mini_jax.tasks.language import LanguageTask, check_length
-from lora_mini_jax.tasks.task import all_targets
+from lora_mini_jax.tasks.sites import all_targets
 from lora_mini_jax.tree import flatten, matrices, unflatten
 
 

@@ -1,4 +1,4 @@
-"""The task that `task.prepare` would read, of shapes alone: no weights, no tokenizer, no data.
+"""The task that `kinds.prepare` would read, of shapes alone: no weights, no tokenizer, no data.
 
 Its loss is the very one that is trained, and its rows are made by what makes those of the data.
 """
@@ -15,16 +15,16 @@ from lora_mini_jax.data import Batches, Example, Labelled, pack
 from lora_mini_jax.data.pair_rows import pair_rows
 from lora_mini_jax.data.pairs import Pair
 from lora_mini_jax.models.families import family_of_module
-from lora_mini_jax.models.hub import load_decoder_config, load_module, resolve
-from lora_mini_jax.models.t5 import T5
+from lora_mini_jax.models.hub import load_module, resolve
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.quantized import quantize
 from lora_mini_jax.selection import select
 from lora_mini_jax.tasks.head import Head
+from lora_mini_jax.tasks.kinds import kind_of, planned
 from lora_mini_jax.tasks.label import LabelTask, check_rows
-from lora_mini_jax.tasks.language import LanguageTask, check_length
+from lora_mini_jax.tasks.language import LanguageTask
 from lora_mini_jax.tasks.seq2seq import Seq2SeqTask
-from lora_mini_jax.tasks.task import Task, planned
+from lora_mini_jax.tasks.task import Task
 
 NONE: Any = None
 """For the tokenizer, which no loss asks for."""
@@ -42,13 +42,13 @@ def abstract_task(options: Finetune) -> Task:
             that the method cannot adapt.
     """
     folder = resolve(options.model)
-    if options.task != "language":
+    kind = kind_of(options)
+    if not issubclass(kind, LanguageTask):
         return _labelled(options, folder)
-    module = load_module(folder)
-    kind, rows = (Seq2SeqTask, _pair) if type(module) is T5 else (LanguageTask, _text)
-    if kind is LanguageTask:
-        check_length(options.max_length, load_decoder_config(folder))
-    return kind(*_parts(options, module, rows(options.max_length)), tokenizer=NONE, prompts=[])
+    kind.config(options, folder)  # checks it
+    rows = _pair if issubclass(kind, Seq2SeqTask) else _text
+    parts = _parts(options, load_module(folder), rows(options.max_length))
+    return kind(*parts, tokenizer=NONE, prompts=[])
 
 
 def _labelled(options: Finetune, folder: Path) -> Task:

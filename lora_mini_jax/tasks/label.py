@@ -5,7 +5,7 @@ The head is trained whole beside the adapter, from where the base has it or from
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,8 @@ from lora_mini_jax.tasks.data import check_ids, read_data, sources
 from lora_mini_jax.tasks.devices import reading
 from lora_mini_jax.tasks.head import Head
 from lora_mini_jax.tasks.metrics import classification, f1_is, regression
-from lora_mini_jax.tasks.task import Task, planned_sites
+from lora_mini_jax.tasks.sites import planned_sites
+from lora_mini_jax.tasks.task import Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,39 @@ class LabelTask(Task):
     """An encoder with a head for classes or a number; what else there is, see `Task`."""
 
     head: Head
+
+    @classmethod
+    def read(cls, options: Finetune) -> Self:
+        """See `kinds.prepare`."""
+        folder = resolve(options.model)
+        records, called = read_data(options), sources(options)
+        field = options.label_field or LABEL
+        classes = options.labels
+        if options.task == "classification" and not classes:
+            classes = class_names(records[0], field, called[0])
+        head = _head(options, classes)
+        module = head.module(folder)
+        sites = _sites(options, module)
+        tokenizer = load_tokenizer(folder)
+        parts = []
+        for rows, source in zip(records, called, strict=True):
+            labels = _labels(options, classes, rows, source)
+            parts.append(encode(rows, labels, head, module.config, tokenizer, source))
+        check_rows(module, tokenizer, *(rows for rows, _ in parts))
+        model, params = head.load(folder, **reading(options, module))
+        train, valid = (Batches(rows, options.batch_size, options.seed) for rows, _ in parts)
+        notes = [
+            f"{cut} {name} texts were cut at {options.max_length} tokens"
+            for name, (_, cut) in zip(("training", "held-out"), parts, strict=True)
+            if cut
+        ]
+        notes += [f1_is(classes)] if classes else []
+        return cls(model, params, sites, train, valid, notes, head)
+
+    @classmethod
+    def planned(cls, options: Finetune) -> tuple[Site, ...]:
+        """See `kinds.planned`; how many classes there are makes no difference to a plan."""
+        return _sites(options, _head(options, options.labels).module(resolve(options.model)))
 
     @property
     def loss_name(self) -> str:
@@ -97,41 +131,6 @@ class LabelTask(Task):
         """(rows, labels) float32."""
         inputs = batch["tokens"], batch["segment_ids"], batch["type_ids"]
         return self.apply(params, adapter, *inputs, dropout_key=dropout_key)
-
-
-def prepare(options: Finetune) -> LabelTask:
-    """See `task.prepare`."""
-    folder = resolve(options.model)
-    records, called = read_data(options), sources(options)
-    field = options.label_field or LABEL
-    classes = options.labels
-    if options.task == "classification" and not classes:
-        classes = class_names(records[0], field, called[0])
-    head = _head(options, classes)
-    module = head.module(folder)
-    sites = _sites(options, module)
-    tokenizer = load_tokenizer(folder)
-    parts = [
-        encode(
-            rows, _labels(options, classes, rows, source), head, module.config, tokenizer, source
-        )
-        for rows, source in zip(records, called, strict=True)
-    ]
-    check_rows(module, tokenizer, *(rows for rows, _ in parts))
-    model, params = head.load(folder, **reading(options, module))
-    train, valid = (Batches(rows, options.batch_size, options.seed) for rows, _ in parts)
-    notes = [
-        f"{cut} {name} texts were cut at {options.max_length} tokens"
-        for name, (_, cut) in zip(("training", "held-out"), parts, strict=True)
-        if cut
-    ]
-    notes += [f1_is(classes)] if classes else []
-    return LabelTask(model, params, sites, train, valid, notes, head)
-
-
-def planned(options: Finetune) -> tuple[Site, ...]:
-    """See `task.planned`; how many classes there are makes no difference to a plan."""
-    return _sites(options, _head(options, options.labels).module(resolve(options.model)))
 
 
 def encode(

@@ -1,10 +1,10 @@
 """Text that is continued: the task of a decoder, with packed rows and a loss token by token."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -32,9 +32,11 @@ from lora_mini_jax.options import Finetune
 from lora_mini_jax.scores import Scores
 from lora_mini_jax.tasks.data import check_ids, read_rows
 from lora_mini_jax.tasks.devices import reading
-from lora_mini_jax.tasks.task import Task, planned_sites
+from lora_mini_jax.tasks.sites import planned_sites
+from lora_mini_jax.tasks.task import Task
 
-Made = TypeVar("Made", bound="LanguageTask")
+TEXT_PROMPT = 12
+"""How many tokens of a text are a prompt."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,67 @@ class LanguageTask(Task):
     """Token ids of the first held-out prompts, for samples."""
     max_new_tokens: int = 0
     """Tokens in a sample."""
+
+    @classmethod
+    def read(cls, options: Finetune) -> Self:
+        """See `kinds.prepare`."""
+        folder = resolve(options.model)
+        config = cls.config(options, folder)
+        sites = cls.planned(options)
+        tokenizer = load_tokenizer(folder)
+        train, valid = read_rows(options, cls.recipe(options, config, tokenizer, folder))
+        check_ids(tokenizer, config.vocab_size, max(train.top, valid.top))
+        model, params = load(folder, **reading(options, load_module(folder)))
+        prompts = cls.prompts_of(valid, options, config)
+        return cls(
+            model,
+            params,
+            sites,
+            *(Batches(part.rows, options.batch_size, options.seed) for part in (train, valid)),
+            notes=notes_of(train, valid, prompts, options),
+            tokenizer=tokenizer,
+            prompts=prompts,
+            max_new_tokens=options.max_new_tokens,
+        )
+
+    @classmethod
+    def planned(cls, options: Finetune) -> tuple[Site, ...]:
+        """See `kinds.planned`."""
+        return planned_sites(options, load_module(options.model, scan_layers=options.scan_layers))
+
+    @classmethod
+    def config(cls, options: Finetune, folder: Path) -> Any:
+        """The model's config; `UserError` where it is not for these options."""
+        config = load_decoder_config(folder)
+        check_length(options.max_length, config)
+        return config
+
+    @classmethod
+    def recipe(cls, options: Finetune, config: Any, tokenizer: Tokenizer, folder: Path) -> Recipe:
+        """How records become rows."""
+        fields, packing = options.record_fields(), options.packing
+        fit = {"max_length": options.max_length, "overlong": options.overlong}
+        return Recipe(
+            partial(encode_stream, tokenizer=tokenizer, fields=fields, **fit),
+            partial(packed_chunks, length=options.max_length, packing=packing),
+            Example,
+            Packed,
+            {"rows": "packed", "packing": packing, "fields": asdict(fields), **fit},
+            folder,
+        )
+
+    @classmethod
+    def prompts_of(cls, valid: Part, options: Finetune, config: Any) -> list[list[int]]:
+        """The start of a few held-out examples: what comes before the first token with a loss; of a
+        text, which has loss everywhere, the first few tokens. Each leaves room for the new ones."""
+        room = config.max_position_embeddings - options.max_new_tokens
+        prompts = []
+        for example in spread(valid.examples, options.samples):
+            first = int(np.argmax(example.loss_mask))
+            cut = first if first > 2 else min(TEXT_PROMPT, len(example.tokens) - 1)
+            if 0 < cut <= room:
+                prompts.append(example.tokens[:cut].tolist())
+        return prompts[: options.samples]
 
     @property
     def loss_name(self) -> str:
@@ -105,63 +168,6 @@ class LanguageTask(Task):
         return batch["tokens"], batch["positions"], batch["segment_ids"]
 
 
-def prepare(options: Finetune) -> LanguageTask:
-    """See `task.prepare`."""
-    folder = resolve(options.model)
-    config = load_decoder_config(folder)
-    check_length(options.max_length, config)
-    room = config.max_position_embeddings - options.max_new_tokens
-    return read(
-        LanguageTask,
-        options,
-        folder,
-        config.vocab_size,
-        lambda tokenizer: recipe(options, tokenizer, folder),
-        lambda valid: _prompts(valid, options.samples, room),
-    )
-
-
-def read(
-    kind: type[Made],
-    options: Finetune,
-    folder: Path,
-    vocab_size: int,
-    recipe_of: Callable[[Tokenizer], Recipe],
-    prompts_of: Callable[[Part], list[list[int]]],
-) -> Made:
-    """A task of texts from a model's folder.
-
-    Args:
-        kind: its class.
-        options: of the run.
-        folder: the model's, with its tokenizer.
-        vocab_size: how many tokens the model knows.
-        recipe_of: how records become rows, with this tokenizer.
-        prompts_of: token ids to write samples after, from the held-out data.
-    """
-    sites = planned(options)
-    tokenizer = load_tokenizer(folder)
-    train, valid = read_rows(options, recipe_of(tokenizer))
-    check_ids(tokenizer, vocab_size, max(train.top, valid.top))
-    model, params = load(folder, **reading(options, load_module(folder)))
-    prompts = prompts_of(valid)
-    return kind(
-        model,
-        params,
-        sites,
-        *(Batches(part.rows, options.batch_size, options.seed) for part in (train, valid)),
-        notes=notes_of(train, valid, prompts, options),
-        tokenizer=tokenizer,
-        prompts=prompts,
-        max_new_tokens=options.max_new_tokens,
-    )
-
-
-def planned(options: Finetune) -> tuple[Site, ...]:
-    """See `task.planned`."""
-    return planned_sites(options, load_module(options.model, scan_layers=options.scan_layers))
-
-
 def check_length(max_length: int, config: Any) -> None:
     """Raise `UserError` unless rows of this length fit the model."""
     if max_length > config.max_position_embeddings:
@@ -169,20 +175,6 @@ def check_length(max_length: int, config: Any) -> None:
             f"--max-length {max_length} exceeds the {config.max_position_embeddings} "
             "positions of the model"
         )
-
-
-def recipe(options: Finetune, tokenizer: Tokenizer, folder: Path) -> Recipe:
-    """How records become rows."""
-    fields, packing = options.record_fields(), options.packing
-    fit = {"max_length": options.max_length, "overlong": options.overlong}
-    return Recipe(
-        partial(encode_stream, tokenizer=tokenizer, fields=fields, **fit),
-        partial(packed_chunks, length=options.max_length, packing=packing),
-        Example,
-        Packed,
-        {"rows": "packed", "packing": packing, "fields": asdict(fields), **fit},
-        folder,
-    )
 
 
 def notes_of(train: Part, valid: Part, prompts: Sequence[Any], options: Finetune) -> list[str]:
@@ -205,15 +197,3 @@ def notes_of(train: Part, valid: Part, prompts: Sequence[Any], options: Finetune
 def spread(examples: Sequence[Any], number: int) -> Sequence[Any]:
     """Examples at equal distances: so many or some more, all where there are fewer."""
     return examples[:: max(1, len(examples) // max(1, number))]
-
-
-def _prompts(valid: Part, samples: int, room: int) -> list[list[int]]:
-    """The start of a few held-out examples: what comes before the first token with a loss; of a
-    text, which has loss everywhere, the first few tokens. None has more tokens than ``room``."""
-    prompts = []
-    for example in spread(valid.examples, samples):
-        first = int(np.argmax(example.loss_mask))
-        cut = first if first > 2 else min(12, len(example.tokens) - 1)
-        if 0 < cut <= room:
-            prompts.append(example.tokens[:cut].tolist())
-    return prompts[:samples]

@@ -1,32 +1,25 @@
 """What a training run works on: model, data and loss, read and checked up front.
 
-`Task` is what all kinds have in common; a file for each kind makes and measures it:
-`language` for text that is continued, `seq2seq` for sources that are answered, and `label` for
-texts that have a class or a number.
+`Task` is what all kinds have in common; a class for each kind reads and measures it:
+`LanguageTask` for text that is continued, `Seq2SeqTask` for sources that are answered, and
+`LabelTask` for texts that have a class or a number. `kinds` knows which is whose.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lora_mini_jax import linen, sharding
 from lora_mini_jax.adapters.adapter import Adapter
-from lora_mini_jax.adapters.budget import within
-from lora_mini_jax.adapters.sites import Site, check, plan
+from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.data import Batches
-from lora_mini_jax.models.families import family_of_module
-from lora_mini_jax.models.hub import load_module
-from lora_mini_jax.models.t5 import T5
-from lora_mini_jax.options import AdapterOptions, Finetune, one_or_names
-from lora_mini_jax.selection import select
-from lora_mini_jax.tree import Target, flatten, parameters
+from lora_mini_jax.options import Finetune
+from lora_mini_jax.tree import flatten
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +33,16 @@ class Task(ABC):
     valid: Batches
     notes: list[str]
     """What was left out of the data, and the like, in words."""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, options: Finetune) -> Self:
+        """See `kinds.prepare`."""
+
+    @classmethod
+    @abstractmethod
+    def planned(cls, options: Finetune) -> tuple[Site, ...]:
+        """See `kinds.planned`."""
 
     @property
     @abstractmethod
@@ -89,70 +92,3 @@ class Task(ABC):
         """What is saved with an adapter so that the model can be put together again; None for a
         model that is used as it is."""
         return None
-
-
-def prepare(options: Finetune) -> Task:
-    """Read everything a run needs; whatever is wrong with it shows here, before any training.
-
-    Raises:
-        UserError: a model, tokenizer or data file that cannot be used, or kernels that the method
-            cannot adapt.
-    """
-    return _kind(options).prepare(options)
-
-
-def planned(options: Finetune) -> tuple[Site, ...]:
-    """What `prepare` would adapt, from the model's ``config.json`` alone; errors as there."""
-    return _kind(options).planned(options)
-
-
-def _kind(options: Finetune) -> ModuleType:
-    from lora_mini_jax.tasks import label, language, seq2seq  # which build on this file
-
-    if options.task != "language":
-        return label
-    return seq2seq if type(load_module(options.model)) is T5 else language
-
-
-def all_targets(model: nn.Module) -> tuple[tuple[Target, ...], tuple[Target, ...]]:
-    """The kernels of a model that `load` reads, and all its parameters; no weights are needed."""
-    family = family_of_module(model)
-    shapes = family.shapes(model)
-    kernels = linen.targets(model, shapes, *family.inputs())
-    return kernels, parameters(shapes, kernels)
-
-
-def planned_sites(
-    options: AdapterOptions, model: nn.Module, trunk: Sequence[str] = ()
-) -> tuple[Site, ...]:
-    """Which method adapts which kernel of a model; no weights are needed.
-
-    ``trunk`` are the top modules beside which a head is trained whole, unless ``modules_to_save``
-    says what is. A kernel of that head is the method's only where ``target_modules`` names it.
-    """
-    kernels, everything = all_targets(model)
-    head = [t for t in everything if trunk and t.path.split("/")[0] not in trunk]
-    return sites_among(options, kernels, everything, head)
-
-
-def sites_among(
-    options: AdapterOptions,
-    kernels: Sequence[Target],
-    everything: Sequence[Target],
-    head: Sequence[Target] = (),
-) -> tuple[Site, ...]:
-    """The same where it is known what there is: the kernels, all parameters, those of the head."""
-    method = options.adapter_method()
-    from_these = everything if method.adapts_any_array else kernels
-    chosen = select(from_these, options.include(), options.exclude_modules)
-    if save := options.modules_to_save:
-        whole = select(everything, one_or_names(save))
-    else:
-        named = chosen if options.target_modules else ()
-        whole = tuple(target for target in head if target not in named)
-        chosen = tuple(target for target in chosen if target not in whole)
-    if options.budget is None:
-        return plan(method, chosen, options.parsed_overrides(), whole)
-    sites = (*within(method, chosen, options.budget), *plan(method, (), {}, whole))
-    check(sites)
-    return sites

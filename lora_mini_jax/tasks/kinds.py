@@ -1,0 +1,32 @@
+"""Which kind of task a run's options name."""
+
+from lora_mini_jax.adapters.sites import Site
+from lora_mini_jax.models.hub import load_module
+from lora_mini_jax.models.t5 import T5
+from lora_mini_jax.options import Finetune
+from lora_mini_jax.tasks.label import LabelTask
+from lora_mini_jax.tasks.language import LanguageTask
+from lora_mini_jax.tasks.seq2seq import Seq2SeqTask
+from lora_mini_jax.tasks.task import Task
+
+
+def kind_of(options: Finetune) -> type[Task]:
+    """The class of the task; what a model reads and writes shows in its ``config.json``."""
+    if options.task != "language":
+        return LabelTask
+    return Seq2SeqTask if type(load_module(options.model)) is T5 else LanguageTask
+
+
+def prepare(options: Finetune) -> Task:
+    """Read everything a run needs; whatever is wrong with it shows here, before any training.
+
+    Raises:
+        UserError: a model, tokenizer or data file that cannot be used, or kernels that the method
+            cannot adapt.
+    """
+    return kind_of(options).read(options)
+
+
+def planned(options: Finetune) -> tuple[Site, ...]:
+    """What `prepare` would adapt, from the model's ``config.json`` alone; errors as there."""
+    return kind_of(options).planned(options)
