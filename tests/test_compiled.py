@@ -30,9 +30,9 @@ from lora_mini_jax.adapters.adapter import draw
 from lora_mini_jax.data import Batches, Example, pack, token_loss
 from lora_mini_jax.methods import METHODS
 from lora_mini_jax.models import Llama, LlamaConfig
-from lora_mini_jax.runs.folder import RunFolder
 from lora_mini_jax.runs.loop import fit
 from lora_mini_jax.runs.meter import Meter
+from lora_mini_jax.runs.run import Run
 from lora_mini_jax.runs.schedule import of_length, optimizer
 from lora_mini_jax.tasks.kinds import prepare
 from lora_mini_jax.tree import flatten
@@ -339,8 +339,8 @@ def test_a_run_compiles_nothing_after_its_first_step(
         log_every=1, eval_every=2, save_every=3, max_length=48, epochs=2.0,
         max_steps=None, batch_size=7,
     )  # fmt: skip
-    task, folder = prepare(given), RunFolder(given)
-    folder.create()
+    task, run = prepare(given), Run(given, lambda line: None)
+    run.folder.create()
     assert len(task.train.packed.tokens) % given.batch_size
     steps, add = 2 * len(task.train), Meter.add
 
@@ -351,7 +351,7 @@ def test_a_run_compiles_nothing_after_its_first_step(
     monkeypatch.setattr(Meter, "add", noting)
     sites = of_length(task.sites, steps, given.parsed_settings())
     adapter = draw(task.params, sites, given.seed)
-    fit(given, folder, task, adapter, optimizer(given, steps, sites), steps, lambda line: None)
+    fit(run, task, adapter, optimizer(given, steps, sites), steps)
     assert compiled.count("a step is done") == steps > 3
     first = compiled.index("a step is done")
     # With the first line of the metrics comes the learning rate's own program, once.

@@ -20,7 +20,7 @@ from lora_mini_jax.options import Finetune, PlanStep
 from lora_mini_jax.runs.finetune import finetune, fit
 from lora_mini_jax.runs.folder import Row
 from lora_mini_jax.runs.meter import Meter
-from lora_mini_jax.tasks.devices import Devices, reading
+from lora_mini_jax.tasks.devices import reading
 from lora_mini_jax.tree import flatten
 from tests import encoder_runs, runs, seq2seq_runs
 
@@ -84,9 +84,9 @@ def seen(options: Finetune) -> Seen:
         jax.block_until_ready((metrics, tokens))
         found["alive"] = held() - before
 
-    def fitting(given: Any, folder: Any, task: Any, *rest: Any) -> Any:
-        found["task"], found["batch"] = task, Devices.of(given).batch(task.train, 0)
-        found["state"] = fit(given, folder, task, *rest)
+    def fitting(run: Any, task: Any, *rest: Any) -> Any:
+        found["task"], found["batch"] = task, run.devices.batch(task.train, 0)
+        found["state"] = fit(run, task, *rest)
         found["alive"] -= n_bytes(found["batch"])  # which the run has itself
         return found["state"]
 

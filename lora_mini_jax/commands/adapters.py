@@ -1,6 +1,5 @@
 """The commands that use a trained adapter: continue or answer prompts, merge, export."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,10 +18,11 @@ from lora_mini_jax.models.hub import load_module, resolve
 from lora_mini_jax.models.t5 import T5
 from lora_mini_jax.options import BASE, Export, Generate, Merge
 from lora_mini_jax.peft import config, tensors
+from lora_mini_jax.runs.run import Log
 from lora_mini_jax.tasks.trained import Trained
 
 
-def run_generate(options: Generate, say: Callable[[str], None] = print) -> list[str]:
+def run_generate(options: Generate, say: Log = print) -> list[str]:
     """Continue each prompt and say it, or say what a T5 answers; returns what the model wrote.
 
     Raises:
@@ -62,7 +62,7 @@ def run_generate(options: Generate, say: Callable[[str], None] = print) -> list[
     return texts
 
 
-def run_merge(options: Merge, say: Callable[[str], None] = print) -> None:
+def run_merge(options: Merge, say: Log = print) -> None:
     """Write the merged model in Hugging Face layout.
 
     Raises:
@@ -76,7 +76,7 @@ def run_merge(options: Merge, say: Callable[[str], None] = print) -> None:
     say(f"merged model: {options.output_dir}")
 
 
-def run_export(options: Export, say: Callable[[str], None] = print) -> None:
+def run_export(options: Export, say: Log = print) -> None:
     """Write the adapter as PEFT's.
 
     Raises:

@@ -1,7 +1,6 @@
 """Classes or numbers of texts, by a model with an adapter that was trained to tell them."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ from lora_mini_jax.data import Batches, load_tokenizer, read_records
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import write_text, writing
 from lora_mini_jax.options import Predict
+from lora_mini_jax.runs.run import Log
 from lora_mini_jax.tasks.head import Head
 from lora_mini_jax.tasks.label import check_rows, encode
 from lora_mini_jax.tasks.trained import Trained
 
 
-def run_predict(options: Predict, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+def run_predict(options: Predict, say: Log = print) -> list[dict[str, Any]]:
     """Write a line of JSON for each record, in their order; returns what is in them.
 
     Of a classification ``{"index": 0, "label": "yes", "probabilities": {"no": 0.2, "yes": 0.8}}``,

@@ -1,16 +1,14 @@
 """Several methods and seeds on one task, side by side."""
 
-from typing import Any
-
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.options import Compare, to_json
-from lora_mini_jax.runs.finetune import Log, finetune
-from lora_mini_jax.runs.folder import ComparisonFolder, RunFolder
+from lora_mini_jax.runs.finetune import finetune
+from lora_mini_jax.runs.folder import ComparisonFolder, Row, RunFolder
 from lora_mini_jax.runs.report import compare_report
+from lora_mini_jax.runs.run import Log
 from lora_mini_jax.runs.tables import label, table_row, table_text
 from lora_mini_jax.tasks.kinds import planned
 
-Row = dict[str, Any]
 ROW = ("method", "settings", "trainable", "trainable_share", "step_seconds", "step_bytes",
        "adapter_bytes", "seconds")  # fmt: skip
 

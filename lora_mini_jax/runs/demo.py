@@ -11,9 +11,9 @@ from pathlib import Path
 
 from lora_mini_jax.files import write_text, writing
 from lora_mini_jax.options import BASE, Compare, Demo
-from lora_mini_jax.runs.compare import Row, compare
-from lora_mini_jax.runs.folder import ComparisonFolder
-from lora_mini_jax.runs.loop import Log
+from lora_mini_jax.runs.compare import compare
+from lora_mini_jax.runs.folder import ComparisonFolder, Row
+from lora_mini_jax.runs.run import Log
 
 METHODS = (
     "lora-mini:rank=4,a=32,b=32,outer_init=svd,learning_rate=0.05",

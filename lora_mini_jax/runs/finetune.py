@@ -7,13 +7,13 @@ from lora_mini_jax.adapters.adapter import Adapter, count
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.runs.best import Best
 from lora_mini_jax.runs.folder import Row, RunFolder
-from lora_mini_jax.runs.loop import Log, fit
-from lora_mini_jax.runs.meter import check_start, typical, waited
+from lora_mini_jax.runs.loop import fit
+from lora_mini_jax.runs.meter import typical, waited
 from lora_mini_jax.runs.report import run_report
+from lora_mini_jax.runs.run import Log, Run
 from lora_mini_jax.runs.schedule import of_length, optimizer
 from lora_mini_jax.runs.search import check_search, searched
 from lora_mini_jax.saved.storage import save
-from lora_mini_jax.tasks.devices import Devices
 from lora_mini_jax.tasks.kinds import prepare
 from lora_mini_jax.tasks.task import Task
 from lora_mini_jax.training.calibration import calibrate
@@ -36,37 +36,34 @@ def finetune(options: Finetune, say: Log = print) -> Row:
         UserError: anything wrong with the options, the model, the data or the run folder; a loss
             that is not finite; a full disk.
     """
-    folder = RunFolder(options)
-    if done := folder.summary():
-        say(f"{folder.path} is finished already; nothing to do")
+    run = Run(options, say)
+    if done := run.finished():
         return done
-    devices = Devices.of(options)
-    check_start(options)
+    run.check()
     task = prepare(options)
     check_search(task)
     steps = total_steps(options, len(task.train))
     task = replace(task, sites=of_length(task.sites, steps, options.parsed_settings()))
-    with folder.alone():
-        return trained(options, folder, devices, task, steps, say)
+    with run.folder.alone():
+        return train(run, task, steps)
 
 
-def trained(
-    options: Finetune, folder: RunFolder, devices: Devices, task: Task, steps: int, say: Log
-) -> Row:
+def train(run: Run[Finetune], task: Task, steps: int) -> Row:
     """All of `finetune` that writes: the run whose task is prepared; returns its summary."""
+    options, folder, devices = run.options, run.folder, run.devices
     folder.create(train=task.train, valid=task.valid)
     for note in task.notes:
-        say(note)
+        run.say(note)
 
     # Training, with the held-out loss before and after.
     before = task.samples(None)
     adapter = devices.draw(task.params, task.sites, options.seed)
     first = (devices.batch(task.train, i) for i in range(min(CALIBRATION_BATCHES, steps)))
     adapter = calibrate(adapter, task.params, task.loss, first, has_aux=True)
-    adapter = searched(options, folder, task, adapter, steps, say)
+    adapter = searched(run, task, adapter, steps)
     tx = optimizer(options, steps, adapter.sites, options.lora_plus_ratio)
     best = Best(folder, task, options.selects_by, options.model) if options.keeps_best else None
-    state = fit(options, folder, task, adapter, tx, steps, say, best)
+    state = fit(run, task, adapter, tx, steps, best)
 
     # After.
     kept = state.adapter

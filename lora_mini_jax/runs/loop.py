@@ -12,30 +12,27 @@ import optax
 from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.checkpoint import Checkpoints
 from lora_mini_jax.data.prefetch import prefetched
-from lora_mini_jax.options import Training
 from lora_mini_jax.processes import on_host
 from lora_mini_jax.runs.best import Best
-from lora_mini_jax.runs.folder import Row, RunFolder
+from lora_mini_jax.runs.folder import Row
 from lora_mini_jax.runs.meter import Meter
 from lora_mini_jax.runs.preemption import EXIT_CODE, notices
+from lora_mini_jax.runs.run import Run
 from lora_mini_jax.runs.schedule import learning_rate
 from lora_mini_jax.tasks.devices import Devices
 from lora_mini_jax.tasks.task import Task
 from lora_mini_jax.training.train import TrainState, make_train_step
 
-Log = Callable[[str], None]
 ONE = Devices()
 tokens = jax.jit(jnp.count_nonzero)  # of all processes, each of which has only its rows at hand
 
 
 def fit(
-    options: Training,
-    folder: RunFolder,
+    run: Run[Any],
     task: Task,
     adapter: Adapter,
     tx: optax.GradientTransformation,
     steps: int,
-    say: Log,
     best: Best | None = None,
 ) -> TrainState:
     """Train up to ``steps`` updates, from the newest checkpoint on; returns the last state.
@@ -45,21 +42,19 @@ def fit(
     (SIGTERM) saves a checkpoint, and exits.
 
     Args:
-        options: how often to log, evaluate and save, and the seed.
-        folder: the run's.
+        run: how often to log, evaluate and save, where to, and the seed.
         task: model, data and loss.
         adapter: where training starts. Its arrays become the state's, so that nothing is held
             twice, and are gone after the first step.
         tx: the optimiser.
         steps: how many updates in all.
-        say: what to do with a line of text for the user.
         best: where the best adapter is kept, if it is; every evaluation then has a checkpoint.
 
     Raises:
         UserError: a loss that is not finite; a damaged checkpoint; a full disk.
         SystemExit: it was asked to end.
     """
-    devices = Devices.of(options)
+    options, folder, devices = run.options, run.folder, run.devices
     adapter = devices.adapter(adapter)
     state = devices.state(TrainState.create(adapter, tx, options.seed, copy=False))
     every = options.eval_every or task.eval_every
@@ -72,7 +67,7 @@ def fit(
             state = checkpoints.restore(emptied(state)) or state
         start = int(state.step)
         if start:
-            say(f"going on from step {start} of {steps}")
+            run.say(f"going on from step {start} of {steps}")
         folder.rewind(start if start else -1)
         if best and start:
             best.update(state)
@@ -109,7 +104,7 @@ def fit(
                     checkpoints.wait()
                     best.update(state)
                 return state
-    say(f"asked to end: step {done} of {steps} is saved; the same command goes on from there")
+    run.say(f"asked to end: step {done} of {steps} is saved; the same command goes on from there")
     raise SystemExit(EXIT_CODE)
 
 

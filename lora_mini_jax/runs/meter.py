@@ -146,7 +146,7 @@ def typical(rows: Iterable[Row], name: str) -> float:
     return median(chain.from_iterable(values[1:] or values))
 
 
-def check_start(options: Training) -> None:
+def check_board(options: Training) -> None:
     """Raise `UserError` for TensorBoard's logs without their writer, before a folder is made."""
     if options.tensorboard and writes():
         _writer()

@@ -19,14 +19,14 @@ from lora_mini_jax.files import writes
 from lora_mini_jax.models import save
 from lora_mini_jax.options import Pretrain
 from lora_mini_jax.runs.folder import Row, RunFolder
-from lora_mini_jax.runs.loop import Log, fit
-from lora_mini_jax.runs.meter import check_start, typical
+from lora_mini_jax.runs.loop import fit
+from lora_mini_jax.runs.meter import typical
 from lora_mini_jax.runs.plots import loss_curves
 from lora_mini_jax.runs.report import points, settings_html, write_page
+from lora_mini_jax.runs.run import Log, Run
 from lora_mini_jax.runs.schedule import optimizer
 from lora_mini_jax.runs.scratch import begin, prepare
 from lora_mini_jax.runs.tables import table_html, table_text
-from lora_mini_jax.tasks.devices import Devices
 from lora_mini_jax.tasks.task import Task
 from lora_mini_jax.training.train import TrainState
 
@@ -64,26 +64,25 @@ def pretrain(options: Pretrain, say: Log = print) -> Row:
         UserError: anything wrong with the options, the shape, the tokenizer, the text or the run
             folder; a loss that is not finite; a full disk.
     """
-    folder = RunFolder(options)
-    if done := folder.summary():
-        say(f"{folder.path} is finished already; nothing to do")
+    run = Run(options, say)
+    if done := run.finished():
         return done
-    devices = Devices.of(options)  # a mesh that does not fit shows before all text is read
-    check_start(options)
+    run.check()
     task = prepare(options)
-    with folder.alone():
-        return trained(options, folder, devices, task, say)
+    with run.folder.alone():
+        return train(run, task)
 
 
-def trained(options: Pretrain, folder: RunFolder, devices: Devices, task: Task, say: Log) -> Row:
+def train(run: Run[Pretrain], task: Task) -> Row:
     """All of `pretrain` that writes: the run whose task is prepared; returns its summary."""
+    options, folder, devices, say = run.options, run.folder, run.devices, run.say
     folder.create(train=task.train, valid=task.valid)
     say(f"{task.train.packed.loss_mask.sum():,} tokens to train on, "
         f"{task.valid.packed.loss_mask.sum():,} held out")  # fmt: skip
 
     params, adapter = begin(task.params, devices.draw(task.params, task.sites, options.seed))
     task, tx = replace(task, params=params), optimizer(options, options.steps, task.sites)
-    state = fit(options, folder, task, adapter, tx, options.steps, say)
+    state = fit(run, task, adapter, tx, options.steps)
 
     if writes():  # what a run that was killed right after it has left
         shutil.rmtree(folder.model, ignore_errors=True)

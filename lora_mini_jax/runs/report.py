@@ -3,13 +3,11 @@
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from lora_mini_jax.files import read_json, write_text
+from lora_mini_jax.runs.folder import Row
 from lora_mini_jax.runs.plots import Points, heat_map, loss_against, loss_curves
 from lora_mini_jax.runs.tables import MEASURES, label, table_html, table_row
-
-Row = dict[str, Any]
 
 COSTS = {
     "trainable": "trained parameters",

@@ -12,25 +12,22 @@ from lora_mini_jax.files import write_json, writes
 from lora_mini_jax.methods.diffora import DiffoRA
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.processes import on_host
-from lora_mini_jax.runs.folder import RunFolder
-from lora_mini_jax.runs.loop import Log, make_evaluate
+from lora_mini_jax.runs.loop import make_evaluate
+from lora_mini_jax.runs.run import Run
 from lora_mini_jax.runs.schedule import optimizer
 from lora_mini_jax.saved.storage import load, save
 from lora_mini_jax.search.choice import agreed, discretise
 from lora_mini_jax.search.search import check_halves, halves, make_search_step, search_state
-from lora_mini_jax.tasks.devices import Devices
 from lora_mini_jax.tasks.task import Task
 
 LEAST_STEPS = 20
 
 
 def searched(
-    options: Finetune,
-    folder: RunFolder,
+    run: Run[Finetune],
     task: Task,
     adapter: Adapter,
     steps: int,
-    say: Log,
 ) -> Adapter:
     """Where training starts: an ordinary adapter of the kernels that DiffoRA's search chose.
 
@@ -39,13 +36,11 @@ def searched(
     Before that the search starts again, and chooses the same.
 
     Args:
-        options: for the optimiser, whose whole schedule the search goes through in its own steps,
-            the seed, and how often to log.
-        folder: the run's.
+        run: its options are for the optimiser, whose whole schedule the search goes through in its
+            own steps, for the seed, and for how often to log.
         task: model, data and loss; the search halves the training data.
         adapter: freshly drawn.
         steps: how many updates there will be after the search.
-        say: what to do with a line of text for the user.
 
     Raises:
         UserError: settings that one search cannot have, too little data, a loss that is not finite.
@@ -53,15 +48,16 @@ def searched(
     method = agreed(adapter.sites)
     if method is None:
         return adapter
+    folder = run.folder
     place = folder.path / "searched"
     if not place.exists():
         n = method.search_steps or max(LEAST_STEPS, steps // 10)
-        found = search(options, folder, task, adapter, method, n)
+        found = search(run, task, adapter, method, n)
         matrix, chosen = discretise(found, method.rho, method.sharing)
         write_json(folder.path / "matrix.json", {**matrix, "method": method.to_dict(), "steps": n})
-        save(place, chosen, task.params, base=options.model)
-        say(f"searched for {n} steps: {len(chosen.trainable)} adapters for {len(chosen.sites)} of "
-            f"{len(adapter.sites)} kernels")  # fmt: skip
+        save(place, chosen, task.params, base=run.options.model)
+        run.say(f"searched for {n} steps: {len(chosen.trainable)} adapters for "
+                f"{len(chosen.sites)} of {len(adapter.sites)} kernels")  # fmt: skip
     # Read back even when just written: a run that was killed goes on from the same bits.
     return load(place, task.params)
 
@@ -73,8 +69,7 @@ def check_search(task: Task) -> None:
 
 
 def search(
-    options: Finetune,
-    folder: RunFolder,
+    run: Run[Finetune],
     task: Task,
     adapter: Adapter,
     method: DiffoRA,
@@ -82,10 +77,10 @@ def search(
 ) -> Adapter:
     """The adapter after ``steps`` steps of gates and weights; in the metrics these count from
     ``-steps``, and begin with the held-out loss before anything is trained."""
+    options, folder, devices = run.options, run.folder, run.devices
     train, valid = halves(task.train, options.seed)
     tx = optimizer(options, steps, adapter.sites, options.lora_plus_ratio)
     tx_gate = optax.adam(method.gate_learning_rate)
-    devices = Devices.of(options)
     state = devices.state(search_state(devices.adapter(adapter), tx, tx_gate, options.seed))
     like = state if devices.mesh else None
     step = make_search_step(

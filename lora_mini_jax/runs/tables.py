@@ -3,9 +3,8 @@
 import html
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
-from typing import Any
 
-Row = dict[str, Any]
+from lora_mini_jax.runs.folder import Row
 
 MEASURES = {
     "right": "examples right",
