@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import optax
 
-from lora_mini_jax.adapters.adapter import Adapter, as_key
+from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.adapters.sites import Site, check
+from lora_mini_jax.algebra.draws import as_key
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.search.choice import gated
 from lora_mini_jax.training.train import LossFn

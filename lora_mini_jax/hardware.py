@@ -80,7 +80,8 @@ def without_kernels() -> Generator[None]:
 
 @contextmanager
 def on_mesh(rows: NamedSharding | None) -> Generator[None]:
-    """Trace a program whose rows are split so, and what is in a row over the mesh's other axes."""
+    """Trace a program for this mesh: a batch's rows are split as ``rows`` says; features and heads
+    may be split over the axes of the mesh that are left."""
     token = _rows.set(rows)
     try:
         yield
@@ -93,21 +94,21 @@ def rows() -> NamedSharding | None:
     return _rows.get()
 
 
-def axes_of_rows() -> tuple[str, ...]:
-    """The axes of the mesh over which rows are split."""
+def batch_axes() -> tuple[str, ...]:
+    """The axes of the mesh over which a batch's rows are split."""
     split = rows()
     first = split.spec[0] if split is not None and len(split.spec) else ()
     return first if isinstance(first, tuple) else (first,) if first else ()
 
 
-def axes_within_rows() -> tuple[str, ...]:
-    """The axes of the mesh over which what is in a row is split: the others."""
+def model_axes() -> tuple[str, ...]:
+    """The other axes of the mesh, over which features and heads may be split."""
     split = rows()
     names = () if split is None else split.mesh.axis_names
-    return tuple(name for name in names if name not in axes_of_rows())
+    return tuple(name for name in names if name not in batch_axes())
 
 
-def ways() -> int:
-    """Over how many devices what is in a row is split: 1 where there is no mesh."""
+def model_parallel() -> int:
+    """How many devices share the work on one row: the size of the `model_axes`; 1 if no mesh."""
     split = rows()
-    return math.prod(split.mesh.shape[name] for name in axes_within_rows()) if split else 1
+    return math.prod(split.mesh.shape[name] for name in model_axes()) if split else 1

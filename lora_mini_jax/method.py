@@ -2,7 +2,7 @@
 
 The object is the configuration and the algorithm; it holds no arrays. Every function sees a single
 matrix ``(in, out)`` in Flax layout (``y = x @ kernel``). Stacked layers, attention heads, einsum
-axes and transposed kernels are dealt with once, in `adapter.py` and `linen.py`, so a method is a
+axes and transposed kernels are dealt with once, in ``adapters/`` and ``call/``, so a method is a
 page of formulas. What few methods need (a dense update, a step of their own, kernels that depend
 on each other) are hooks with defaults that do nothing.
 """

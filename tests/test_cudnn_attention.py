@@ -113,7 +113,7 @@ def test_no_head_is_split_over_devices(calls: Calls):
         with hardware.on_mesh(NamedSharding(mesh, PartitionSpec(axes))):
             attend(*drawn())
         assert len(calls) == joined
-    assert hardware.ways() == 1
+    assert hardware.model_parallel() == 1
 
 
 def test_training_looks_at_no_later_key_and_writing_at_the_cache(calls: Calls):

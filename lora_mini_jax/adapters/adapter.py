@@ -8,19 +8,16 @@ never changed and never an argument of ``grad``.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.adapters.sites import Site, by_method, plan
-from lora_mini_jax.algebra.draws import fold_path, split_key
+from lora_mini_jax.algebra.draws import as_key, fold_path, split_key
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.tree import Target, check_real, matrices, over_lead
-
-GENERATOR = "threefry2x32"
 
 
 @partial(
@@ -169,33 +166,6 @@ def draw(
         )
         trainable[path], frozen[path] = drawing(site.method, own, kernels[path])
     return Adapter(trainable, frozen, jax.random.key_data(key), sites)
-
-
-def as_key(key: Any) -> jax.Array:
-    """A typed random key from a seed, one of JAX's keys, or a key's data.
-
-    Always of JAX's threefry generator, whatever the default is: its bits are the same on every
-    backend, which drawing the frozen leaves again relies on.
-
-    Raises:
-        UserError: a key of another generator, or a seed of more than 64 bits.
-    """
-    if isinstance(key, Integral):
-        if not -(2**63) <= key < 2**63:
-            raise UserError(f"seed {key} is not allowed: give a whole number below 2**63")
-        return jax.random.key(int(key), impl=GENERATOR)
-    if not hasattr(key, "dtype"):
-        raise UserError(f"a random key is a seed or one of JAX's keys, not {key!r}: give one")
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        if key.shape != (2,):
-            raise UserError(f"a key of data {key.shape} is not of {GENERATOR}: give a seed")
-        return jax.random.wrap_key_data(key, impl=GENERATOR)
-    if str(jax.random.key_impl(key)) != GENERATOR:
-        raise UserError(
-            f"keys of {jax.random.key_impl(key)} differ between machines: give a seed, or "
-            f"jax.random.key(seed, impl='{GENERATOR}')"
-        )
-    return key
 
 
 def check_adapter(adapter: Any) -> None:

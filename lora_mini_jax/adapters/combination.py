@@ -12,11 +12,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.adapters.adapter import Adapter, as_key
+from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.adapters.folding import fold
 from lora_mini_jax.adapters.sites import Site, check
 from lora_mini_jax.algebra.decompositions import top_singular
-from lora_mini_jax.algebra.draws import fold_path, split_key
+from lora_mini_jax.algebra.draws import as_key, fold_path, split_key
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors
 from lora_mini_jax.methods import LoRA

@@ -13,7 +13,8 @@ def runs_along(method: Method, n_in: int, n_out: int) -> dict[str, tuple[str, ..
     """What each axis of each leaf runs along: ``"in"``, ``"out"``, or ``""`` for neither.
 
     Nobody has to say so: an axis runs along the inputs if it is twice as long for a kernel with
-    twice the inputs, be the kernel wide or tall (an axis of ``min(in, out)`` passes only one).
+    twice the inputs, be the kernel wide or tall. Both are tried, for an axis of ``min(in, out)``
+    grows with the inputs of a wide kernel too, but not with those of a tall one.
     """
 
     def shapes(n_in: int, n_out: int) -> dict[str, tuple[int, ...]]:
@@ -21,6 +22,8 @@ def runs_along(method: Method, n_in: int, n_out: int) -> dict[str, tuple[str, ..
         trainable, frozen = jax.eval_shape(method.init, jax.random.key(0), kernel)
         return {name: leaf.shape for name, leaf in (trainable | frozen).items()}
 
+    # One side is made longer than the other by more than any size a method may derive from both,
+    # so that `min(in, out)` is the short side here and, doubled, still is.
     most = max(n_in, n_out)
     wide, tall = (n_in, n_out * most * 2), (n_in * most * 2, n_out)
     once = [shapes(*size) for size in (wide, tall)]

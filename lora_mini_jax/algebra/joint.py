@@ -1,9 +1,10 @@
 """``x @ W`` and a chain of thin matrices beside it as one product, where a device has a kernel for
 it: the output is written once, and so is the gradient in ``x``.
 
-Value and gradients are those of ``x @ W + through(x, chain)``. `multiplied` says in None where that
-is what has to be computed: on any device but a Hopper GPU, in float32, for shapes that do not fill
-the kernel's tiles, and unless it was asked for (`hardware.takes_joint_products`).
+Value and gradients are those of ``x @ W + through(x, chain)``. `multiplied` returns None where the
+caller has to compute these two products itself: on any device but a Hopper GPU, in float32, for
+shapes that do not fill the kernel's tiles, and unless the joint product was asked for
+(`hardware.takes_joint_products`).
 """
 
 from collections.abc import Sequence

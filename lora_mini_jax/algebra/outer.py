@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.algebra.decompositions import orthonormal, top_singular
+from lora_mini_jax.algebra.draws import GENERATOR
 from lora_mini_jax.method import Factors
 
 OuterInit = Literal["normal", "fan_in", "orthogonal", "svd", "gradient", "activation"]
@@ -53,8 +54,7 @@ def seed(keys: jax.Array, kernel: jax.Array) -> Factors:
 def again(outer_init: OuterInit, seeds: Factors, a: int, b: int) -> tuple[jax.Array, jax.Array]:
     """What `draw` gave for one of `DRAWN`, from `seed`."""
     shape = seeds["A_aux"].shape[0], seeds["B_aux"].shape[1]
-    # Of the generator of `adapter.as_key`, whatever JAX's own default is.
-    keys = jax.random.wrap_key_data(seeds["outer_keys"], impl="threefry2x32")
+    keys = jax.random.wrap_key_data(seeds["outer_keys"], impl=GENERATOR)
     return draw(outer_init, keys, jax.ShapeDtypeStruct(shape, jnp.float32), a, b)
 
 

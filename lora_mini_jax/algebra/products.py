@@ -60,7 +60,12 @@ through.defjvp(_through_jvp, symbolic_zeros=True)
 
 
 def _half_jvp(x: Array, change: Any, chain: Sequence[Array], changes: Sequence[Any]) -> Any:
-    """`through`, with its change, over one side of the cut."""
+    """`through`, with its change, over one side of the cut.
+
+    What a matrix's change is multiplied by is ``value``, the input through the matrices before it,
+    one by one: that is what its gradient needs. So the input goes one by one up to the last matrix
+    that changes, and by the cheapest way from there; a side without one is free throughout.
+    """
     moved = [] if _still(change) else [_cheapest(change, chain)]
     moving = [i for i, each in enumerate(changes) if not _still(each)]
     value = x

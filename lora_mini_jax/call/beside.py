@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.adapters.adapter import Adapter, as_key, check_adapter
+from lora_mini_jax.adapters.adapter import Adapter, check_adapter
 from lora_mini_jax.adapters.sites import Site
-from lora_mini_jax.algebra.draws import fold_path, split_key
+from lora_mini_jax.algebra.draws import as_key, fold_path, split_key
 from lora_mini_jax.algebra.joint import multiplied
 from lora_mini_jax.call.views import View
 from lora_mini_jax.errors import UserError

@@ -2,7 +2,7 @@
 
 The paper has a matrix of layers by modules, relaxed to (0, 1) and learned by bi-level optimisation,
 a selection ratio, and sharing after the choice; how it is relaxed, how the data are split and who
-shares is our reading, for there is no public code. Its search is in ``search.py``.
+shares is our reading, for there is no public code. Its search is in ``search/``.
 """
 
 from collections.abc import Mapping
@@ -24,6 +24,10 @@ GATE, OPENING = "gate", "opening"
 HOOKS = ("shift", "relate", "penalty", "held", "step")
 
 
+def _inner(name: str) -> Any:
+    return property(lambda self: getattr(self.inner, name))  # the inner method's own
+
+
 @dataclass(frozen=True)
 class DiffoRA(Method):
     """DiffoRA: ``W' = W + g (inner(W) - W)``, with ``g = sigmoid(gate)`` trained beside the rest.
@@ -35,8 +39,7 @@ class DiffoRA(Method):
 
     Args:
         inner: what adapts the chosen kernels: LoRA, LoRA-Mini, MiSS, or another whose update does
-            not depend on the kernel and that takes no steps of its own. Overrides by kernel reach
-            it: ``{"k_proj": {"rank": 2}}``.
+            not depend on the kernel and that takes no steps of its own. Overrides reach it.
         rho: share of a layer's kernels that are chosen, above 0, at most 1; one at least.
         relaxation: ``"sigmoid"``, or ``"softmax"``: ``g_j = N softmax(gate)_j`` over the ``N``
             matrices of a layer, which then compete; a matrix seen alone has ``g = 1``.
@@ -90,10 +93,8 @@ class DiffoRA(Method):
         if self.dropout not in (0, self.inner.dropout):
             raise UserError(f"dropout is the inner method's: --inner '{name}(dropout=...)'")
 
-    stored, scratch, needs_data, gradient_rank, from_data = (
-        property(lambda self, name=name: getattr(self.inner, name))
-        for name in ("stored", "scratch", "needs_data", "gradient_rank", "from_data")
-    )
+    stored, scratch, needs_data = _inner("stored"), _inner("scratch"), _inner("needs_data")
+    gradient_rank, from_data = _inner("gradient_rank"), _inner("from_data")
 
     def init(self, key: jax.Array, kernel: jax.Array) -> tuple[Factors, Factors]:
         trainable, frozen = self.inner.init(key, kernel)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.hardware import capability, ways
+from lora_mini_jax.hardware import capability, model_parallel
 from lora_mini_jax.models.masks import Seen, pairs
 
 Array = jax.Array
@@ -30,7 +30,7 @@ def by_cudnn(
     narrow = q.dtype in (jnp.bfloat16, jnp.float16) and q.dtype == k.dtype == v.dtype
     (time, width), keys = (q.shape[1], q.shape[3]), k.shape[1]
     even = time % 2 == keys % 2 == width % 8 == 0 and width <= WIDEST
-    whole = k.shape[2] % ways() == 0
+    whole = k.shape[2] % model_parallel() == 0
     causal = isinstance(seen, Seen) and seen.start is None
     fits = narrow and even and whole and softcap is None and (time == keys or not causal)
     if not fits or capability() < 8:

@@ -38,15 +38,15 @@ def by_splash(
     batch, time = q.shape[:2]
     if not isinstance(seen, Seen) or seen.start is not None or not hardware.takes_tpu_kernels():
         return None
-    rows, ways = hardware.rows(), hardware.ways()
+    rows, ways = hardware.rows(), hardware.model_parallel()
     whole = batch % (rows.mesh.size // ways) == 0 if rows else True
     if time < SHORTEST or time % BLOCKS[-1] or k.shape[2] % ways or not whole:
         return None
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
     attend = partial(_attend, windows=seen.windows, softcap=softcap)
     if rows is not None:
-        of_rows = hardware.axes_of_rows()
-        heads = PartitionSpec(of_rows, None, hardware.axes_within_rows())
+        of_rows = hardware.batch_axes()
+        heads = PartitionSpec(of_rows, None, hardware.model_axes())
         ids = None if seen.segments is None else PartitionSpec(of_rows)
         which = None if seen.which is None else PartitionSpec()
         split = (heads, heads, heads, ids, which)

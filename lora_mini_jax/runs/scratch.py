@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.adapters.adapter import Adapter, as_key
+from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.adapters.sites import Site, plan
+from lora_mini_jax.algebra.draws import as_key
 from lora_mini_jax.data import (
     Batches,
     Tokenizer,

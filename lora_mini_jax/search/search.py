@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lora_mini_jax.adapters.adapter import Adapter, as_key
+from lora_mini_jax.adapters.adapter import Adapter
+from lora_mini_jax.algebra.draws import as_key
 from lora_mini_jax.data import Batches
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.methods.diffora import GATE

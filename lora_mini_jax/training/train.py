@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from lora_mini_jax.adapters.adapter import Adapter, as_key
+from lora_mini_jax.adapters.adapter import Adapter
+from lora_mini_jax.algebra.draws import as_key
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.settings.checks import require_whole
 from lora_mini_jax.training import moves
