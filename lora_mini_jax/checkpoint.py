@@ -6,11 +6,8 @@ so a kill at any moment leaves the newest complete one to go on from. Training d
 the disk: a save copies the state to the host's memory, and one thread of ours writes it.
 """
 
-import logging
-import sys
-from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,8 @@ from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.errors import UserError, first_line
 from lora_mini_jax.files import is_address, writes, writing
 from lora_mini_jax.processes import is_of_xla, together
+from lora_mini_jax.training.identity import differences, identity
+from lora_mini_jax.training.storing import copied_to_host, errors_left_to_us, orbax_manager
 from lora_mini_jax.training.train import TrainState
 
 
@@ -48,13 +47,14 @@ class Checkpoints:
             if writes():
                 self.folder.mkdir(parents=True, exist_ok=True)
             together("checkpoint folder made")
-            self._manager = _manager(self.folder, keep)
+            self._manager = orbax_manager(self.folder, keep)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
+        self._known = False  # whether the checkpoints here are of the run that is saved
         self._open = ExitStack()
 
     def __enter__(self) -> "Checkpoints":
-        self._open.enter_context(_errors_left_to_us())
+        self._open.enter_context(errors_left_to_us())
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -78,11 +78,14 @@ class Checkpoints:
         """Begin to write the state, which may be donated when this returns; `wait` for the end.
 
         Raises:
-            UserError: as `wait`; the save before this one is waited for.
+            UserError: as `wait`, for the save before this one is waited for; a folder with
+                checkpoints of another run, which new ones would push out.
         """
         self.wait()
-        step, tree = int(state.step), _on_host(_saved(state))
-        self._pending = self._writer.submit(self._write, step, tree)
+        if not self._known:
+            self._check_run(state)
+        step, tree = int(state.step), copied_to_host(_saved(state))
+        self._pending = self._writer.submit(self._write, step, tree, identity(state))
 
     def wait(self) -> None:
         """Wait until the state that was saved last is there, complete.
@@ -100,10 +103,12 @@ class Checkpoints:
 
         Args:
             state: a state of the same run, freshly made; gives shapes, dtypes, frozen leaves, and
-                where the leaves go, be it another mesh than the one they were saved from.
+                where the leaves go, be it another mesh than the one they were saved from. The base
+                parameters are for you to keep: a state does not hold them.
 
         Raises:
-            UserError: a checkpoint that is damaged or of another run; what `wait` raises.
+            UserError: a checkpoint that is damaged, or of another run: another key, other methods,
+                settings or kernels, another optimiser; what `wait` raises.
         """
         import orbax.checkpoint as ocp
 
@@ -111,6 +116,7 @@ class Checkpoints:
         step = self.latest()
         if step is None:
             return None
+        self._check_run(state)
         abstract = jax.tree.map(_abstract, _saved(state))
         try:
             how = ocp.checkpoint_utils.construct_restore_args(abstract)
@@ -123,61 +129,20 @@ class Checkpoints:
             ) from None
         return _restored(state, dict(tree))
 
-    def _write(self, step: int, tree: Any) -> None:
+    def _check_run(self, state: TrainState) -> None:
+        """Raise `UserError` where the newest checkpoint is of another run than the state."""
+        self._known = True
+        step = self.latest()
+        said = None if step is None else self._manager.metadata(step).custom_metadata
+        if said and (wrong := differences(said, identity(state))):
+            raise UserError(f"checkpoint {self.folder / str(step)} is of another run: "
+                            f"{'; '.join(wrong)}. Give the adapter and the optimiser that it was "
+                            "saved with, or another folder")  # fmt: skip
+
+    def _write(self, step: int, tree: Any, of: dict[str, Any]) -> None:
         import orbax.checkpoint as ocp
 
-        self._manager.save(step, args=ocp.args.PyTreeSave(tree), force=True)
-
-
-@contextmanager
-def _errors_left_to_us() -> Generator[None]:
-    """Orbax logs the errors that it raises, and what TensorStore still says into the event loop of
-    a write that has failed already can be raised to nobody: either would print a traceback."""
-    logger, before = logging.getLogger("absl"), sys.unraisablehook
-    level = logger.level
-
-    def unraisable(what: Any) -> None:
-        if str(what.exc_value) != "Event loop is closed":
-            before(what)
-
-    logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = unraisable
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        sys.unraisablehook = before
-
-
-def _manager(folder: Path, keep: int) -> Any:
-    """Orbax's, to be called from one thread at a time, whichever it is.
-
-    It is not asynchronous itself: it would copy the state while training waits, one leaf after the
-    other. With the processes named, they meet through JAX's coordination service; otherwise through
-    an exchange of the devices, which must not come between those of the training step.
-    """
-    import orbax.checkpoint as ocp
-
-    every = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
-        create=False,  # Orbax cannot, where the processes are named
-        enable_async_checkpointing=False,
-        multiprocessing_options=every,
-    )
-    # Of equal replicas the first is written, whole: to take slices of them is work for devices.
-    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    handler = ocp.PyTreeCheckpointHandler(
-        type_handler_registry=registry, multiprocessing_options=every
-    )
-    return ocp.CheckpointManager(folder, options=options, item_handlers=handler)
-
-
-def _on_host(tree: Any) -> Any:
-    """A copy in the host's memory, sharded as it is; it need not be there when this returns."""
-    places = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("pinned_host"), tree)
-    return jax.device_put(tree, places)
+        self._manager.save(step, args=ocp.args.PyTreeSave(tree), custom_metadata=of, force=True)
 
 
 def _saved(state: TrainState) -> dict[str, Any]:

@@ -34,7 +34,8 @@ def fresh(n_in: int = 6) -> TrainState:
 @partial(jax.jit, donate_argnums=0)
 def plus_one(state: Any) -> Any:
     """A step of training: it takes the buffers of the state that it is given."""
-    return jax.tree.map(lambda leaf: leaf + 1, state)
+    more = jax.tree.map(lambda leaf: leaf + 1, state)
+    return replace(more, adapter=replace(more.adapter, key=state.adapter.key))
 
 
 class Gate:
@@ -91,6 +92,44 @@ def test_leaves_that_kernels_share_are_saved_with_their_owner(tmp_path):
         checkpoints.save(plus_one(state))
         found: Any = checkpoints.restore(TrainState.create(made, TX))
     assert all((leaf == 2).all() for leaf in jax.tree.leaves(found.adapter.frozen))
+
+
+KERNEL = Target("dense/kernel", (6, 4))
+PARAMS = {"dense": {"kernel": np.ones(KERNEL.shape, np.float32)}}
+LORA = LoRA(rank=2)
+OTHERS = {
+    "another key": (init(PARAMS, LORA, [KERNEL], key=1), TX, r"the key is \[0, 0\], not \[0, 1\]"),
+    "another scale": (
+        init(PARAMS, LoRA(rank=2, alpha=1.0), [KERNEL]),
+        TX,
+        "the methods are .*'alpha': 16.0.* not .*'alpha': 1.0",
+    ),
+    "another rank": (init(PARAMS, LoRA(rank=1), [KERNEL]), TX, "the methods are .*'rank': 2"),
+    "another optimiser": (init(PARAMS, LORA, [KERNEL]), optax.sgd(1.0), "the optimiser"),
+    "other kernels": (
+        init({"a": PARAMS["dense"]}, LORA, [replace(KERNEL, path="a/kernel")]),
+        TX,
+        "other kernels are adapted",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_checkpoint_is_of_one_run(tmp_path, case, capfd):
+    adapter, tx, said = OTHERS[case]
+    other = TrainState.create(adapter, tx)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(plus_one(fresh()))
+    for use in (Checkpoints.restore, Checkpoints.save):
+        with (
+            Checkpoints(tmp_path) as checkpoints,
+            pytest.raises(UserError, match=f"is of another run: .*{said}.* or another folder"),
+        ):
+            use(checkpoints, other)
+    with Checkpoints(tmp_path) as checkpoints:
+        same(held(checkpoints.restore(fresh())), held(plus_one(fresh())))
+    assert on_disk(tmp_path) == {"1"}
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(("keep", "kept"), [({}, {"2", "3"}), ({"keep": 1}, {"3"})])
