@@ -35,15 +35,19 @@ from lora_mini_jax.call.views import (
     Rule,
     Rules,
     View,
+    check_served,
     dense,
     dense_general,
     einsum,
     embed,
+    rule_of,
     target_of,
     transposed_dense,
     view_of,
+    with_own,
 )
-from lora_mini_jax.tree import Target, check_unboxed, flatten, traced
+from lora_mini_jax.errors import UserError
+from lora_mini_jax.tree import Target, check_leaves, flatten, traced
 
 __all__ = [
     "Rule",
@@ -81,16 +85,19 @@ def targets(
         rules: layers of your own, ``{MyDense: linen.dense}``, beside the built-in ones.
 
     Raises:
-        UserError: a kernel stacked by ``nn.scan`` or ``nn.vmap`` along another axis than 0, or
-            parameters that are boxed with their partitioning.
+        UserError: a kernel stacked by ``nn.scan`` or ``nn.vmap`` along another axis than 0;
+            parameters that are no arrays, or boxed with their partitioning; one of your rules that
+            found no kernel.
 
     Example:
         >>> model, x = nn.Dense(4), jax.numpy.ones((1, 8))
         >>> [t.path for t in targets(model, model.init(jax.random.key(0), x)["params"], x)]
         ['kernel']
     """
+    _check_module(model)
+    all_rules, this, served = with_own(RULES, rules), object(), set[type]()
     flat, found = flatten(params), {}
-    check_unboxed(flat)
+    check_leaves(flat)
 
     def record(module: nn.Module, path: str, view: View) -> None:
         seen = tuple(module.get_variable("params", view.leaf).shape)
@@ -100,14 +107,15 @@ def targets(
         used = view_of(context, args, kw, all_rules)
         if used and beside.of_layer(context.module, used[1], this):
             record(context.module, *used)
+            served.add(rule_of(type(context.module), all_rules)[0])
         return next_call(*args, **kw)
 
-    all_rules, this = {**RULES, **(rules or {})}, object()
     with nn.intercept_methods(interceptor):
         traced(
             lambda v, p, *x: model.apply({**v, "params": p}, *x, **kwargs),
             variables or {}, beside.marked(params, {}, this), *inputs,
         )  # fmt: skip
+    check_served(rules or {}, served)
     return tuple(found[path] for path in flat if path in found)
 
 
@@ -152,7 +160,8 @@ def adapt(
         >>> adapt(model)(params, adapter, x).shape
         (1, 4)
     """
-    all_rules = {**RULES, **(rules or {})}
+    _check_module(model)
+    all_rules = with_own(RULES, rules)
 
     def apply(
         params: Mapping[str, Any],
@@ -203,6 +212,12 @@ def adapt(
         return out
 
     return apply
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise UserError(f"a {type(model).__name__} is no Linen module: give one; for an NNX module "
+                        "take lora_mini_jax.nnx")  # fmt: skip
 
 
 def _split(outputs: Any, rows: NamedSharding, number: int) -> Any:

@@ -17,13 +17,25 @@ import jax
 from flax import nnx
 
 from lora_mini_jax.adapters.adapter import Adapter
+from lora_mini_jax.algebra.draws import as_key
 from lora_mini_jax.call import beside, views
-from lora_mini_jax.call.views import Rules, View
+from lora_mini_jax.call.streams import refuse_to_draw, reseed
+from lora_mini_jax.call.views import Rules, View, dense, embed, transposed_dense
 from lora_mini_jax.call.watched import name_of, watch
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.tree import Target, flatten, traced, unflatten
 
-__all__ = ["adapt", "dense_general", "einsum", "parameters", "targets", "update"]
+__all__ = [
+    "adapt",
+    "dense",
+    "dense_general",
+    "einsum",
+    "embed",
+    "parameters",
+    "targets",
+    "transposed_dense",
+    "update",
+]
 
 
 def dense_general(module: Any, method: str, args: tuple) -> View | None:
@@ -43,10 +55,10 @@ def einsum(module: Any, method: str, args: tuple, leaf: str = "kernel") -> View 
 
 
 RULES: Rules = {
-    nnx.Linear: views.dense,
+    nnx.Linear: dense,
     nnx.LinearGeneral: dense_general,
     nnx.Einsum: einsum,
-    nnx.Embed: views.embed,
+    nnx.Embed: embed,
     # By name, so that Tunix need not be imported; each of its families has a class of its own.
     **{
         f"tunix.models.{family}.model.Einsum": partial(einsum, leaf="w")
@@ -63,7 +75,7 @@ def parameters(model: nnx.Module) -> dict[str, Any]:
         >>> parameters(nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0)))["kernel"].shape
         (2, 3)
     """
-    _, state, _ = nnx.split(model, nnx.Param, ...)
+    _, state, _ = _split(model)
     return unflatten({name: variable.get_value() for name, variable in _named(state)})
 
 
@@ -79,45 +91,55 @@ def update(model: nnx.Module, params: Mapping[str, Any]) -> None:
         >>> float(model.kernel.sum())
         0.0
     """
-    nnx.update(model, _filled(nnx.split(model, nnx.Param, ...)[1], params))
+    nnx.update(model, _filled(_split(model)[1], params))
 
 
 def targets(
-    model: nnx.Module, *inputs: Any, rules: Rules | None = None, **kwargs: Any
+    model: nnx.Module,
+    *inputs: Any,
+    rules: Rules | None = None,
+    method: str = "__call__",
+    **kwargs: Any,
 ) -> tuple[Target, ...]:
     """Every kernel that this call of the model uses, and how each is a matrix.
 
-    Traces ``model(*inputs, **kwargs)`` without computing anything; nothing is guessed from shapes.
+    Traces ``model(*inputs, **kwargs)``, or another ``method`` of the model, without computing
+    anything; nothing is guessed from shapes.
 
     Args:
         model: any NNX module.
         *inputs, **kwargs: of a call; arrays may be ``jax.ShapeDtypeStruct``.
-        rules: layers of your own, ``{MyLinear: views.dense}``, beside the built-in ones.
+        rules: layers of your own, ``{MyLinear: lmj.nnx.dense}``, beside the built-in ones.
+        method: the name of the method that is called.
 
     Raises:
-        UserError: a kernel stacked by ``nnx.vmap`` along another axis than 0.
+        UserError: a kernel stacked by ``nnx.vmap`` along another axis than 0; one of your rules
+            that found no kernel.
 
     Example:
         >>> model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
         >>> [t.path for t in targets(model, jax.numpy.ones((1, 8)))]
         ['kernel']
     """
-    graph, state, rest = nnx.split(model, nnx.Param, ...)
+    graph, state, rest = _split(model)
+    all_rules, served = views.with_own(RULES, rules), set[type]()
     shapes = {name: tuple(variable.shape) for name, variable in _named(state)}
     found: dict[str, Target] = {}
 
     def record(module: Any, path: str, view: View, y: Any) -> Any:
         if path in shapes:
+            served.add(views.rule_of(type(module), all_rules)[0])
             seen = tuple(getattr(module, view.leaf).shape)
             found.setdefault(path, views.target_of(path, shapes[path], seen, view))
         return y
 
     def call(state: nnx.State, *inputs: Any) -> Any:
         fresh = nnx.merge(graph, state, _copied(rest))
-        watch(fresh, state, {**RULES, **(rules or {})}, record)
-        return fresh(*inputs, **kwargs)
+        watch(fresh, state, all_rules, record)
+        return getattr(fresh, method)(*inputs, **kwargs)
 
     traced(call, state, *inputs)
+    views.check_served(rules or {}, served)
     return tuple(found[path] for path in shapes if path in found)
 
 
@@ -125,19 +147,24 @@ def adapt(model: nnx.Module, rules: Rules | None = None) -> Callable[..., Any]:
     """The model's call as a pure function: ``apply(params, adapter, *inputs, **kwargs)``.
 
     Args:
-        model: any NNX module; it is taken apart here, and is neither changed nor kept.
+        model: any NNX module; it is taken apart here, and is neither changed nor kept. A call is in
+            the mode that the model is in now: call ``model.train()`` or ``model.eval()`` before,
+            and for both adapt it twice.
         rules: layers of your own, as for `targets`.
 
     Returns:
         ``apply(params, adapter, *inputs, variables=None, mutable=False, dropout_key=None,
-        **kwargs)``. ``params`` are as `parameters` gives them. ``variables`` is the state that is
-        not parameters, ``nnx.split(model, nnx.Param, ...)[2]``: batch statistics, caches, random
+        method="__call__", **kwargs)``. ``params`` are as `parameters` gives them. ``dropout_key``
+        turns on the dropout of methods that have one, and is what the model's own random streams,
+        those of its dropout layers, begin with in this call. ``variables`` is the state that is not
+        parameters, ``nnx.split(model, nnx.Param, ...)[2]``: batch statistics, caches, random
         streams; without it that of ``model`` at this moment. What a call does to it is lost, or
         with ``mutable`` returned: ``(outputs, variables)``. The rest is as in `linen.adapt`.
 
     Raises:
         UserError: from ``apply``: an adapted kernel that the call never used, or that ``params``
-            does not have.
+            does not have; a model that draws random numbers without ``dropout_key`` or
+            ``variables``, for it would draw the same in every call.
 
     Example:
         >>> from lora_mini_jax import LoRA, init
@@ -147,9 +174,9 @@ def adapt(model: nnx.Module, rules: Rules | None = None) -> Callable[..., Any]:
         >>> adapt(model)(params, adapter, x).shape
         (1, 4)
     """
-    graph, state, rest = nnx.split(model, nnx.Param, ...)
+    graph, state, rest = _split(model)
     shapes = jax.eval_shape(lambda state: state, state)
-    all_rules = {**RULES, **(rules or {})}
+    all_rules = views.with_own(RULES, rules)
 
     def apply(
         params: Mapping[str, Any],
@@ -158,6 +185,7 @@ def adapt(model: nnx.Module, rules: Rules | None = None) -> Callable[..., Any]:
         variables: nnx.State | None = None,
         mutable: bool = False,
         dropout_key: jax.Array | None = None,
+        method: str = "__call__",
         **kwargs: Any,
     ) -> Any:
         sites = beside.called_sites(adapter)
@@ -176,11 +204,23 @@ def adapt(model: nnx.Module, rules: Rules | None = None) -> Callable[..., Any]:
         others = _copied(rest if variables is None else variables)
         fresh = nnx.merge(graph, _filled(shapes, shifted), others)
         watch(fresh, shapes, all_rules, add, factors)
-        y = fresh(*inputs, **kwargs)
+        if dropout_key is not None:
+            reseed(fresh, as_key(dropout_key))
+        elif variables is None:
+            refuse_to_draw(fresh)
+        y = getattr(fresh, method)(*inputs, **kwargs)
         beside.check_used(sites, used)
         return (y, nnx.split(fresh, nnx.Param, ...)[2]) if mutable else y
 
     return apply
+
+
+def _split(model: Any) -> Any:
+    """The model's graph, its parameters, and all other state."""
+    if not isinstance(model, nnx.Module):
+        raise UserError(f"a {type(model).__name__} is no NNX module: give one; for a Linen module "
+                        "take lora_mini_jax.linen")  # fmt: skip
+    return nnx.split(model, nnx.Param, ...)
 
 
 def _named(state: nnx.State) -> list[tuple[str, Any]]:

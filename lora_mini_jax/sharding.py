@@ -28,6 +28,7 @@ from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.algebra.along import runs_along
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors
+from lora_mini_jax.selection import listing
 from lora_mini_jax.tree import Target, check_fit, flatten, unflatten
 
 AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
@@ -97,7 +98,7 @@ def of_params(
             stays whole.
 
     Raises:
-        UserError: targets that are not of these parameters.
+        UserError: targets that are not of these parameters; a rule of yours that matches none.
 
     Example:
         >>> import jax.numpy as jnp
@@ -108,6 +109,10 @@ def of_params(
     """
     targets = tuple(targets)
     check_fit(params, targets)
+    paths = [target.path for target in targets]
+    if dead := [p for p in rules or {} if not any(re.search(p, path) for path in paths)]:
+        raise UserError(f"{', '.join(map(repr, dead))} matches no kernel: there are "
+                        f"{listing(targets)}")  # fmt: skip
     flat = dict.fromkeys(flatten(params), NamedSharding(mesh, PartitionSpec()))
     for target in targets:
         spec: list[str | None] = [None] * len(target.shape)

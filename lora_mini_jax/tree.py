@@ -90,7 +90,7 @@ def parameters(params: Mapping[str, Any], kernels: Iterable[Target]) -> tuple[Ta
     For methods that can train any array, `Full` above all; the order is that of ``params``.
 
     Raises:
-        UserError: parameters that are boxed with their partitioning.
+        UserError: parameters that are no arrays, or boxed with their partitioning.
 
     Example:
         >>> up = Target("up/kernel", (8, 32))
@@ -99,7 +99,7 @@ def parameters(params: Mapping[str, Any], kernels: Iterable[Target]) -> tuple[Ta
         [('up/kernel', 'linear'), ('up/bias', 'array')]
     """
     known, flat = {target.path: target for target in kernels}, flatten(params)
-    check_unboxed(flat)
+    check_leaves(flat)
     return tuple(known.get(path) or _array(path, tuple(leaf.shape)) for path, leaf in flat.items())
 
 
@@ -110,6 +110,10 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     >>> flatten({"up": {"kernel": 1, "bias": 2}})
     {'up/kernel': 1, 'up/bias': 2}
     """
+    if not isinstance(tree, Mapping):
+        raise UserError(f"parameters are nested dicts of arrays, and this is a "
+                        f"{type(tree).__name__}: give model.init(...)['params'] of a Linen model, "
+                        "lora_mini_jax.nnx.parameters(model) of an NNX model")  # fmt: skip
     flat = {}
     for key, value in tree.items():
         name = str(key).replace("/", SLASH)
@@ -129,8 +133,9 @@ def by_name(leaves: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {f"{path}/{name}": leaf for path, own in leaves.items() for name, leaf in own.items()}
 
 
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`.
+def unflatten(flat: Mapping[str, Any], like: Any = None) -> Any:
+    """The inverse of `flatten`: nested dicts, frozen where ``like``, the tree they are to be like,
+    is Flax's ``FrozenDict``.
 
     >>> unflatten({"up/kernel": 1, "up/bias": 2})
     {'up': {'kernel': 1, 'bias': 2}}
@@ -142,7 +147,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[name] = leaf
-    return tree
+    return type(like)(tree) if hasattr(like, "unfreeze") else tree
 
 
 def matrices(params: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, jax.Array]:
@@ -150,6 +155,11 @@ def matrices(params: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, 
     targets = tuple(targets)
     check_fit(params, targets)
     flat = flatten(params)
+    if any(isinstance(flat[target.path], jax.ShapeDtypeStruct) for target in targets):
+        raise UserError(
+            "these parameters are shapes without arrays: give arrays, or ask for shapes of the "
+            "result, jax.eval_shape(lambda params: init(params, ...), params)"
+        )
     return {target.path: target.matrix(dense(flat[target.path])) for target in targets}
 
 
@@ -165,7 +175,7 @@ def check_real(kernels: Mapping[str, jax.Array]) -> None:
 def check_fit(params: Mapping[str, Any], targets: Iterable[Target]) -> None:
     """Raise one `UserError` listing every target that is not in ``params``, or in another shape."""
     flat = flatten(params)
-    check_unboxed(flat)
+    check_leaves(flat)
     wrong = []
     for target in targets:
         if target.path not in flat:
@@ -179,8 +189,15 @@ def check_fit(params: Mapping[str, Any], targets: Iterable[Target]) -> None:
         )
 
 
-def check_unboxed(flat: Mapping[str, Any]) -> None:
-    """Raise `UserError` for a parameter that is boxed with its partitioning."""
+def check_leaves(flat: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a parameter that is no array: boxed with its partitioning, or a list of
+    several."""
+    others = [path for path, leaf in flat.items() if isinstance(leaf, list | tuple)]
+    if others:
+        raise UserError(
+            f"{others[0]} is a {type(flat[others[0]]).__name__}, not an array: parameters are "
+            "nested dicts of arrays, so give each array a name of its own"
+        )
     boxed = [path for path, leaf in flat.items()  # the box of a quantised kernel has a shape
              if hasattr(leaf, "unbox") and not hasattr(leaf, "shape")]  # fmt: skip
     if boxed:

@@ -82,9 +82,8 @@ class Bytes:
 
 def recipe(options: Finetune, tokenizer: Any = None) -> cache.Recipe:
     folder = Path(options.model)
-    config = language.LanguageTask.config(options, folder)
     tokenizer = tokenizer or load_tokenizer(folder)
-    return language.LanguageTask.recipe(options, config, tokenizer, folder)
+    return language.LanguageTask.recipe(options, None, tokenizer, folder)
 
 
 def pairs_recipe(options: Finetune) -> cache.Recipe:

@@ -373,7 +373,8 @@ def test_a_truncated_model_or_adapter_is_one_line(place, capsys):
 def test_a_model_folder_with_pickles_only_is_refused(place, capsys):
     folder = place / "pickled"
     folder.mkdir()
-    (folder / "config.json").write_text((place / "model" / "config.json").read_text())
+    for file in ("config.json", "tokenizer.json"):
+        (folder / file).write_text((place / "model" / file).read_text())
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     assert "safetensors" in refused(capsys, "generate", "--model", folder, "--prompt", "a")
 

@@ -346,3 +346,61 @@ def test_what_a_call_never_used_is_named() -> None:
 def test_the_core_does_without_nnx() -> None:
     code = "import sys, lora_mini_jax; sys.exit('flax.nnx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Dropping(nnx.Module):
+    """A layer with dropout of the model's own."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.up, self.drop = nnx.Linear(8, 8, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + self.drop(self.up(x))
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        return self.up(x)
+
+
+class Stack(nnx.Module):
+    """The same in layers that are scanned."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        split = nnx.split_rngs(splits=LAYERS)
+        self.layers: Any = split(nnx.vmap(Dropping, in_axes=0, out_axes=0))(rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def call(x: jax.Array, layer: Dropping) -> jax.Array:
+            return layer(x)
+
+        return nnx.scan(call, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+
+@pytest.mark.parametrize("kind", [Dropping, Stack])
+def test_the_models_own_dropout_is_drawn_from_the_calls_key(kind: Any) -> None:
+    model, x = kind(nnx.Rngs(0)), draws(jnp.zeros((4, 8)), 1.0)
+    params, targets = front.parameters(model), front.targets(model, x)
+    adapter = init(params, LoRA(rank=2), targets)
+    apply = front.adapt(model)
+    with pytest.raises(UserError, match=r"draws random numbers .* give the call a dropout_key"):
+        apply(params, adapter, x)
+    call = jax.jit(lambda key: apply(params, adapter, x, dropout_key=key))
+    one, other = call(jax.random.key(1)), call(jax.random.key(2))
+    np.testing.assert_array_equal(one, call(jax.random.key(1)))
+    assert (one != other).any()
+    if kind is Stack:  # and its layers do not share a mask
+        zero = jax.tree.map(jnp.zeros_like, params)
+        zero["layers"]["up"]["bias"] += 1
+        kept = apply(zero, adapter, jnp.zeros((64, 8)), dropout_key=3) / 2
+        assert set(np.unique(kept)) == set(range(LAYERS + 1))
+    model.eval()
+    np.testing.assert_allclose(front.adapt(model)(params, adapter, x), model(x), atol=1e-6)
+
+
+def test_another_method_of_the_model_is_called() -> None:
+    model, x = Dropping(nnx.Rngs(0)), draws(jnp.zeros((4, 8)), 1.0)
+    params = front.parameters(model)
+    (target,) = front.targets(model, x, method="encode")
+    adapter = randomised(init(params, LoRA(rank=2), [target]))
+    y = front.adapt(model)(params, adapter, x, method="encode")
+    front.update(model, merge(params, adapter))
+    np.testing.assert_allclose(y, model.encode(x), atol=1e-5)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from lora_mini_jax.adapters.sites import Site, by_method, plan
 from lora_mini_jax.algebra.draws import as_key, fold_path, split_key
@@ -53,12 +54,11 @@ class Adapter:
 
     def __repr__(self) -> str:
         # Without arrays: a notebook shows this for a cell that ends with an adapter.
-        groups = by_method(self.sites).items()
-        kernels = [f"{len(paths)} kernel{'s'[: len(paths) != 1]}: {method.name}"
-                   for method, paths in groups]  # fmt: skip
         trained, frozen = (sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(tree))
                            for tree in (self.trainable, self.frozen))  # fmt: skip
-        return f"Adapter({', '.join(kernels)}; {trained:,} numbers trained, {frozen:,} frozen)"
+        return (
+            f"Adapter({kernels_text(self.sites)}; {trained:,} numbers trained, {frozen:,} frozen)"
+        )
 
     def factors(self) -> dict[str, Factors]:
         """Every kernel's leaves, trainable and frozen together, as a call uses them: shared ones
@@ -168,11 +168,30 @@ def draw(
     return Adapter(trainable, frozen, jax.random.key_data(key), sites)
 
 
+def kernels_text(sites: Iterable[Site]) -> str:
+    """How many kernels each method adapts, in words."""
+    return ", ".join(f"{len(paths)} kernel{'s'[: len(paths) != 1]}: {method.name}"
+                     for method, paths in by_method(sites).items())  # fmt: skip
+
+
 def check_adapter(adapter: Any) -> None:
     """Raise `UserError` for anything else in an adapter's place."""
     if not isinstance(adapter, Adapter):
         raise UserError(f"a {type(adapter).__name__} is no adapter: give params and adapter in "
                         "this order; of a state or a bank, its adapter")  # fmt: skip
+
+
+def check_calibrated(adapter: Adapter) -> None:
+    """Factors that are still 0 would train nothing, silently. Only shapes are known under tracing;
+    then there is nothing to check."""
+    for site in adapter.sites:
+        leaves = jax.tree.leaves(adapter.frozen.get(site.target.path, {}))
+        known = not any(isinstance(leaf, Tracer) for leaf in leaves)
+        if site.method.needs_data and known and not all(leaf.any() for leaf in leaves):
+            raise UserError(
+                f"the frozen factors of {site.method.name} on {site.target.path} come from data: "
+                "call lora_mini_jax.calibrate(adapter, params, loss_fn, batches) first"
+            )
 
 
 def count(adapter: Adapter) -> int:
@@ -184,6 +203,7 @@ def count(adapter: Adapter) -> int:
         >>> count(init(params, LoRA(rank=1), [Target("up/kernel", (8, 32))]))
         40
     """
+    check_adapter(adapter)
     return sum(leaf.size for leaf in jax.tree.leaves(adapter.trainable))
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from lora_mini_jax.adapters.adapter import Adapter
+from lora_mini_jax.adapters.adapter import Adapter, check_adapter, kernels_text
 from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors
@@ -46,6 +46,9 @@ class Bank:
     keys: jax.Array
     sites: tuple[Site, ...]
     names: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"Bank({len(self)} adapters: {', '.join(self.names)}; {kernels_text(self.sites)})"
 
     def __getitem__(self, which: str | int | jax.Array) -> Adapter:
         """One adapter, by its name or number. A number may be traced: a compiled function that
@@ -100,8 +103,11 @@ def bank(adapters: Mapping[str, Adapter]) -> Bank:
         >>> many["german"].trainable["up/kernel"]["A"].shape
         (2, 1)
     """
-    if not adapters:
-        raise UserError("a bank needs at least one adapter")
+    if not isinstance(adapters, Mapping) or not adapters:
+        raise UserError("a bank needs at least one adapter, and a name for each: bank({'french': "
+                        "adapter})")  # fmt: skip
+    for adapter in adapters.values():
+        check_adapter(adapter)
     first, *others = adapters.values()
     for name, other in adapters.items():
         if other.sites != first.sites:

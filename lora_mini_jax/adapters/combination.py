@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.adapters.adapter import Adapter
+from lora_mini_jax.adapters.adapter import Adapter, check_adapter
 from lora_mini_jax.adapters.folding import fold
 from lora_mini_jax.adapters.sites import Site, check
 from lora_mini_jax.algebra.decompositions import top_singular
@@ -82,6 +82,8 @@ def combine(
             f"{len(adapters)} adapters with weights {list(weights)} at density {density}: give one "
             "finite weight for each of at least one adapter, and a density above 0, at most 1"
         )
+    for adapter in adapters:
+        check_adapter(adapter)
     mix = partial(_mixed, how.removesuffix("_svd"), density, majority)
     check_fit(params, [site.target for adapter in adapters for site in adapter.sites])
     flat = flatten(params)

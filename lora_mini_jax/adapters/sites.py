@@ -57,7 +57,9 @@ def plan(
             method does not have, or kernels it cannot adapt: all of them in one message.
     """
     if not isinstance(method, Method):
-        raise UserError(f"{method!r} is no method: give one with its settings, LoRA(rank=8)")
+        given = type(method).__name__ if isinstance(method, Mapping) else repr(method)[:60]
+        raise UserError(f"{given} is no method: give one with its settings, after the parameters, "
+                        "init(params, LoRA(rank=8), targets)")  # fmt: skip
     targets, modules_to_save, overrides = tuple(targets), tuple(modules_to_save), overrides or {}
     for given in (*targets, *modules_to_save):
         if not isinstance(given, Target):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lora_mini_jax.adapters.adapter import Adapter, check_adapter
+from lora_mini_jax.adapters.adapter import Adapter, check_adapter, check_calibrated
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.tree import check_fit, flatten, matrices, over_lead, unflatten
 
@@ -20,7 +20,7 @@ def merge(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
 
     Raises:
         UserError: an adapted kernel that ``params`` does not have, or in another shape; something
-            else in the adapter's place.
+            else in the adapter's place; factors that come from data and have not been made yet.
 
     Example:
         >>> import jax.numpy as jnp
@@ -74,7 +74,7 @@ def join(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
         for group, leaves in (("trainable", adapter.trainable), ("frozen", adapter.frozen)):
             for name, leaf in leaves.get(path, {}).items():
                 flat[f"{path}{SUFFIX}/{group}/{name}"] = leaf
-    return unflatten(flat)
+    return unflatten(flat, params)
 
 
 def split(tree: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, Any], Adapter]:
@@ -102,13 +102,14 @@ def split(tree: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, Any], Ad
                 break
         else:
             params[path] = leaf
-    return unflatten(params), replace(adapter, **parts)
+    return unflatten(params, tree), replace(adapter, **parts)
 
 
 def _change(
     params: Mapping[str, Any], adapter: Adapter, choose: Callable[[Method], Callable]
 ) -> dict[str, Any]:
     check_adapter(adapter)
+    check_calibrated(adapter)
     kernels, flat = matrices(params, [s.target for s in adapter.sites]), flatten(params)
     factors = adapter.factors()
     for site in adapter.sites:
@@ -116,4 +117,4 @@ def _change(
         change = over_lead(choose(site.method), len(target.lead))
         changed = change(kernels[path], factors[path])
         flat[path] = target.unmatrix(changed).astype(flat[path].dtype)
-    return unflatten(flat)
+    return unflatten(flat, params)

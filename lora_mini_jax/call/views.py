@@ -1,7 +1,7 @@
 """How each Flax layer uses its kernel: one rule a layer, from a call to a matrix product."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -125,6 +125,30 @@ RULES: Rules = {
     # By name, so that transformers need not be imported.
     "transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D": transposed_dense,
 }
+
+
+def with_own(rules: Rules, own: Rules | None) -> Rules:
+    """The built-in ``rules`` of a library with the user's ``own``, which come before them.
+
+    Raises:
+        UserError: something else in the place of the user's.
+    """
+    own = {} if own is None else own
+    if not isinstance(own, Mapping) or not all(map(callable, own.values())):
+        raise UserError("rules are {layer: rule}, as {MyDense: lora_mini_jax.linen.dense}, and "
+                        f"this is a {type(own).__name__} of other things")  # fmt: skip
+    return {**rules, **own}
+
+
+def check_served(own: Rules, served: Collection[type]) -> None:
+    """Raise `UserError` for rules of the user that found no kernel in a call."""
+    dead = [key for key, rule in own.items() if not any(_lookup({key: rule}, c) for c in served)]
+    if dead:
+        names = (key if isinstance(key, str) else key.__qualname__ for key in dead)
+        raise UserError(
+            f"the rules for {', '.join(names)} found no kernel: the call has no such layer, or its "
+            "parameter is not called as their View says, leaf='kernel' where it says nothing"
+        )
 
 
 def view_of(context: Any, args: tuple, kw: dict, rules: Rules) -> tuple[str, View] | None:

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_mini_jax.adapters.adapter import Adapter, check_adapter, draw
+from lora_mini_jax.adapters.adapter import Adapter, check_adapter, check_calibrated, draw
 from lora_mini_jax.adapters.sites import check
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import new_folder, read_json, write_text, writing
@@ -47,7 +47,8 @@ def save(
 
     Raises:
         UserError: a disk that is full, a folder that cannot be written or holds something else;
-            something else in the adapter's place.
+            something else in the adapter's place; factors that come from data and have not been
+            made yet.
 
     Example:
         >>> import tempfile
@@ -62,6 +63,7 @@ def save(
     from safetensors.numpy import save_file
 
     check_adapter(adapter)
+    check_calibrated(adapter)
     stored = _stored(adapter, store_outer)
     tensors = {f"{group}/{path}": on_host(leaf) for group in GROUPS
                for path, leaf in by_name(stored[group]).items()}  # fmt: skip

@@ -37,18 +37,22 @@ class Trained:
         """What ``adapter.json`` says, on the ``base`` that is named or else on its own.
 
         Raises:
-            UserError: a folder that holds no adapter; one that does not say its base, as an adapter
-                that was saved in Python may not.
+            UserError: a folder that holds no adapter.
         """
         record = storage.record_of(folder)
-        if not (base or record.base):
-            raise UserError(f"{folder} does not say which model it was trained on: give --model")
         head = None if record.task is None else Head.from_dict(record.task, folder)
         return cls(folder, base or record.base, record, head)
 
     @cached_property
     def base_folder(self) -> Path:
-        """The folder of the base, fetched if need be."""
+        """The folder of the base, fetched if need be.
+
+        Raises:
+            UserError: nobody names the base: an adapter that was saved in Python may not say it.
+        """
+        if not self.base:
+            raise UserError(f"{self.folder} does not say which model it was trained on: give "
+                            "--model")  # fmt: skip
         return resolve(self.base)
 
     def load_base(self) -> tuple[Any, Any]:

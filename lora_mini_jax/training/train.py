@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from lora_mini_jax.adapters.adapter import Adapter
+from lora_mini_jax.adapters.adapter import Adapter, check_adapter, check_calibrated
 from lora_mini_jax.algebra.draws import as_key
-from lora_mini_jax.errors import UserError
 from lora_mini_jax.settings.checks import require_whole
 from lora_mini_jax.training import moves
 from lora_mini_jax.training.gradient import LossFn, accumulated, gradient
@@ -49,6 +48,11 @@ class TrainState:
     opt_state: Any
     key: jax.Array
 
+    def __repr__(self) -> str:
+        # Without arrays, as of an adapter; under tracing the step is not known.
+        step = "?" if isinstance(self.step, Tracer) else self.step
+        return f"TrainState(step {step} of {self.adapter!r})"
+
     @classmethod
     def create(
         cls,
@@ -71,7 +75,8 @@ class TrainState:
         Raises:
             UserError: an adapter whose frozen factors come from data and have not been made yet.
         """
-        _check_calibrated(adapter)
+        check_adapter(adapter)
+        check_calibrated(adapter)
         key = jnp.copy(jax.random.key_data(as_key(key)))
         own = jax.tree.map(jnp.copy, adapter) if copy else adapter
         opt_state = _apart(tx.init(own.trainable), own)
@@ -172,19 +177,6 @@ def _apart(opt_state: Any, adapter: Adapter) -> Any:
         return jnp.copy(leaf) if shared else leaf
 
     return jax.tree.map(own, opt_state)
-
-
-def _check_calibrated(adapter: Adapter) -> None:
-    """Factors that are still 0 would train nothing, silently. Only shapes are known under tracing;
-    then there is nothing to check."""
-    for site in adapter.sites:
-        leaves = jax.tree.leaves(adapter.frozen.get(site.target.path, {}))
-        known = not any(isinstance(leaf, Tracer) for leaf in leaves)
-        if site.method.needs_data and known and not all(leaf.any() for leaf in leaves):
-            raise UserError(
-                f"the frozen factors of {site.method.name} on {site.target.path} come from data: "
-                "call lora_mini_jax.calibrate(adapter, params, loss_fn, batches) first"
-            )
 
 
 def _updated(
