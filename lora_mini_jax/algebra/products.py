@@ -26,6 +26,9 @@ from lora_mini_jax.hardware import device
 Array = jax.Array
 MANY = 2**20
 """How many rows are reckoned with where `jax.export` leaves their number open."""
+TURNED_FROM = 4
+"""The shortest side with which `matmul` turns products round. Compiling such a product for CPUs
+ends the process, by a check within XLA, where ``vmap`` makes a batch of it and a side is 2 or 3."""
 
 
 @jax.custom_jvp
@@ -113,7 +116,9 @@ def matmul(x: Array, narrow: Array, **how: Any) -> Array:
     would turn round the whole of ``x``; without the barrier it sees through that. ``how`` is as for
     ``jnp.matmul``.
     """
-    if device().platform != "cpu":
+    rows = x.shape[-2] if x.ndim > 1 else 1
+    small = min(*narrow.shape[-2:], rows if isinstance(rows, int) else MANY) < TURNED_FROM
+    if device().platform != "cpu" or small:
         return jnp.matmul(x, narrow, **how)
     turned = jax.lax.optimization_barrier(jnp.swapaxes(narrow, -1, -2))
     return jnp.matmul(x, jnp.swapaxes(turned, -1, -2), **how)
