@@ -30,8 +30,8 @@ def load(
 
     The function is PEFT's: LoRA (with rsLoRA, DoRA, ranks and alphas by module), AdaLoRA before
     pruning, MiSS and VeRA. Modules saved whole become full fine-tuning sites. Trained leaves are
-    float32 whatever the file has. VeRA's random factors come from the file: `storage.save` such an
-    adapter with ``store_outer=True``.
+    float32 whatever the file has. VeRA's random factors come from the file: keep such an adapter by
+    `lora_mini_jax.save` with ``store_outer=True``.
 
     Args:
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.

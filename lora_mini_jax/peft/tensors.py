@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.files import read_safetensors
 
 FILE = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
@@ -72,16 +73,7 @@ def read(folder: Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: no such file, a damaged one, or only a pickle, which could run anything.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    path = folder / FILE
-    if not path.is_file():
-        if (folder / PICKLE).is_file():
-            raise UserError(f"{folder} has only {PICKLE}, which is a pickle and never read: load "
-                            "it with PEFT and save it again, as safetensors")  # fmt: skip
-        raise UserError(f"no such file: {path}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): fetch it again") from None
+    if not (folder / FILE).is_file() and (folder / PICKLE).is_file():
+        raise UserError(f"{folder} has only {PICKLE}, which is a pickle and never read: load "
+                        "it with PEFT and save it again, as safetensors")  # fmt: skip
+    return read_safetensors(folder / FILE, "fetch it again")
