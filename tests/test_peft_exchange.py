@@ -31,6 +31,7 @@ from lora_mini_jax.methods import (
     VeRA,
 )
 from lora_mini_jax.peft import convert, from_state_dict, load, names_of, save
+from lora_mini_jax.peft.kinds import KINDS
 from lora_mini_jax.quantized import quantize
 from lora_mini_jax.saved import storage
 from tests.cases import draws, randomised
@@ -153,6 +154,10 @@ EXPORTS = {
     "miss-mini-as-lora": (MiSS(4, mode="mini", mini_rank=2), {}, True, "LORA"),
     "gated-as-lora": (GATED, {}, True, "LORA"),
 }
+
+
+def test_every_kind_goes_out():
+    assert {peft_type for *_, peft_type in EXPORTS.values()} == set(KINDS)
 
 
 @pytest.mark.parametrize("name", EXPORTS)
