@@ -163,6 +163,23 @@ def read_object(path: str | Path) -> dict[str, Any]:
     return value
 
 
+def read_safetensors(path: str | Path, advice: str) -> dict[str, Any]:
+    """The tensors of a safetensors file, as NumPy's arrays; where it is damaged, `UserError` ends
+    in ``advice``, what to do about such a file."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except AttributeError as error:
+        raise UserError(f"{path} is damaged or of a dtype that NumPy lacks ({error}): {advice}, "
+                        "with tensors of 16 or 32 bits") from None  # fmt: skip
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): {advice}") from None
+
+
 @contextmanager
 def writing(path: str | Path) -> Generator[None]:
     """Turn what the disk refuses into a `UserError` that says what to do."""

@@ -166,12 +166,21 @@ def test_what_cannot_be_combined_says_why() -> None:
         ((two, WEIGHTS), {"density": 1.5}, "density 1.5"),
         ((two, WEIGHTS), {"how": "sum"}, "how"),
         (([], []), {}, "at least one adapter"),
-        (([six, six], WEIGHTS), {"how": "cat"}, r"up/kernel \(12 x 10\): rank 12 exceeds"),
+        (
+            ([six, six], WEIGHTS),
+            {"how": "cat"},
+            r"up/kernel \(12 x 10\): rank 12 exceeds .*'cat' adds the adapters' ranks up: use svd",
+        ),
         ((two, WEIGHTS), {"rank": 0}, "rank is 0"),
         (([gated], [1.0]), {}, "up/kernel: diffora has no rank: give rank"),
         (([elsewhere], [1.0]), {}, "down/kernel is missing"),
         (([*two[:1], whole], WEIGHTS), {}, "up/kernel is trained whole"),
-        (([*two[:1], bat], WEIGHTS), {"how": "cat"}, "mode='bat'.* is no product of thin matrices"),
+        (
+            ([*two[:1], bat], WEIGHTS),
+            {"how": "cat"},
+            "up/.* mode='bat'.* is no product of thin matrices, which how='cat' needs: use svd",
+        ),
+        (([*two[:1], bat], WEIGHTS), {"how": "ties"}, "how='ties' needs: use ties_svd"),
         (([*two[:1], wider], WEIGHTS), {"how": "ties"}, r"needs equal ranks, not \[3, 4\]"),
     )
     for given, kwargs, words in cases:

@@ -31,6 +31,7 @@ from lora_mini_jax.methods import (
     VeRA,
 )
 from lora_mini_jax.peft import convert, from_state_dict, load, names_of, save
+from lora_mini_jax.peft.kinds import KINDS
 from lora_mini_jax.quantized import quantize
 from lora_mini_jax.saved import storage
 from tests.cases import draws, randomised
@@ -153,6 +154,10 @@ EXPORTS = {
     "miss-mini-as-lora": (MiSS(4, mode="mini", mini_rank=2), {}, True, "LORA"),
     "gated-as-lora": (GATED, {}, True, "LORA"),
 }
+
+
+def test_every_kind_goes_out():
+    assert {peft_type for *_, peft_type in EXPORTS.values()} == set(KINDS)
 
 
 @pytest.mark.parametrize("name", EXPORTS)
@@ -596,6 +601,19 @@ def test_a_state_dict_without_its_half_says_so():
             from_state_dict(tensors, **given)  # ty: ignore[invalid-argument-type]
     with pytest.raises(UserError, match="key_map gives two tensors the same key"):
         from_state_dict({"a": a, "b": b}, **given, key_map=lambda key: "up.lora_A")  # ty: ignore[invalid-argument-type]
+
+
+def test_a_file_of_eight_bits_says_so(tmp_path: Path):
+    """Which NumPy has no dtype for."""
+    given = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["up"]}
+    (tmp_path / CONFIG).write_text(json.dumps(given))
+    header = b'{"up.lora_A":{"dtype":"F8_E4M3","shape":[1,4],"data_offsets":[0,4]}}'
+    (tmp_path / TENSORS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    params, targets = {"up": {"kernel": np.ones((4, 6))}}, [Target("up/kernel", (4, 6))]
+    words = "a dtype that NumPy lacks .*float8.*: fetch it again, with tensors of 16 or 32 bits"
+    with pytest.raises(UserError, match=words) as raised:
+        load(tmp_path, params, targets, names=dotted)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.skipif(not ROBERTA.is_dir(), reason="the model is not here")

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 
 from lora_mini_jax.adapters.adapter import Adapter, check_adapter
 from lora_mini_jax.adapters.folding import fold
-from lora_mini_jax.adapters.sites import Site, check
+from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.algebra.decompositions import top_singular
 from lora_mini_jax.algebra.draws import as_key, fold_path, split_key
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors
 from lora_mini_jax.methods import LoRA
 from lora_mini_jax.methods.full import Full
+from lora_mini_jax.selection import brief
 from lora_mini_jax.settings.checks import require_choice, require_number, require_whole
 from lora_mini_jax.tree import Target, check_fit, dense, flatten, float32, over_lead
 
@@ -97,7 +98,7 @@ def combine(
         width = found["A"].shape[-1]
         trainable[path] = found
         sites.append(Site(target, LoRA(width, alpha=float(width))))
-    check(sites)
+    _check_ranks(sites, how)
     return Adapter(trainable, {path: {} for path in trainable}, jax.random.key_data(key),
                    tuple(sites))  # fmt: skip
 
@@ -147,7 +148,7 @@ def _update(site: Site, kernel: jax.Array, factors: Factors) -> jax.Array:
 def _factorwise(own: Own, how: How, mix: Any, key: jax.Array) -> Factors:
     """Combined factor by factor; each carries the root of its update's weight and scale."""
     target = own[0][0].target
-    pieces = [(*_thin(site, factors, target), weight) for site, factors, weight in own]
+    pieces = [(*_thin(site, factors, target, how), weight) for site, factors, weight in own]
     ranks = [left.shape[-1] for left, *_ in pieces]
     lead = target.lead
     if how == "cat":
@@ -170,12 +171,31 @@ def _factorwise(own: Own, how: How, mix: Any, key: jax.Array) -> Factors:
     return over_lead(each, len(lead))(split_key(key, lead), *flat)
 
 
-def _thin(site: Site, factors: Factors, target: Target) -> tuple[jax.Array, jax.Array, float]:
+def _check_ranks(sites: Sequence[Site], how: How) -> None:
+    """Whether every rank is one that a new LoRA may have: only the SVD can choose it."""
+    found = [f"{at.path} ({at.n_in} x {at.n_out}): {problem}" for at, method in
+             ((site.target, site.method) for site in sites)
+             for problem in method.problems(at.n_in, at.n_out)]  # fmt: skip
+    if found:
+        why = "adds the adapters' ranks up" if how == "cat" else "keeps the adapters' rank"
+        raise UserError(f"{brief(found, '; ')}. how={how!r} {why}: use svd, which fits a lower one")
+
+
+def _thin(
+    site: Site, factors: Factors, target: Target, how: How
+) -> tuple[jax.Array, jax.Array, float]:
     """``(left, right, scale)`` of an update; LoRA's own factors with its own scale, for what is
     done to entries depends on how the scale is shared between them."""
     if type(site.method) is LoRA:
         return factors["A"], factors["B"], site.method.scale
-    _, folded = fold(site.method, factors, target)
+    try:
+        _, folded = fold(site.method, factors, target)
+    except UserError:
+        other = "svd" if how in ("cat", "linear") else f"{how}_svd"
+        raise UserError(
+            f"{target.path}: the update of {site.method.name}, {site.method}, is no product of "
+            f"thin matrices, which how={how!r} needs: use {other}"
+        ) from None
     return folded["A"], folded["B"], 1.0
 
 

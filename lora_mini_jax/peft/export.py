@@ -13,10 +13,11 @@ from lora_mini_jax.adapters.transform import merge
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import new_folder, write_json, writing
 from lora_mini_jax.method import Factors, Method
-from lora_mini_jax.methods import LoRA, VeRA
+from lora_mini_jax.methods import LoRA
 from lora_mini_jax.methods.full import Full
-from lora_mini_jax.peft import config, tensors, vera
-from lora_mini_jax.peft.leaves import LEAVES
+from lora_mini_jax.peft import config, tensors
+from lora_mini_jax.peft.kinds import KINDS, kind_of
+from lora_mini_jax.peft.kinds.kind import Kind
 from lora_mini_jax.peft.names import Names, Place, llama_names, places
 from lora_mini_jax.peft.tables import obstacle
 from lora_mini_jax.peft.targeting import family_tree, modules_to_save, target_modules
@@ -115,7 +116,8 @@ def convert(
     by_module = {module: config.settings(piece.method) for piece in pieces
                  for module in piece.place.modules}  # fmt: skip
     settings = config.agreed(by_module)
-    arrays = _arrays(pieces, settings["peft_type"])
+    kind = KINDS[settings["peft_type"]]
+    arrays = _arrays(pieces, kind)
     everything = [name for place in found.values() for name in place.tensors]
     modules = {module for site in whole for module in found[site.target.path].modules}
     settings |= {
@@ -123,11 +125,12 @@ def convert(
         "modules_to_save": modules_to_save(modules, by_module, everything) or None,
         "bias": "none",
     }
-    if settings["peft_type"] != "MISS":
+    if "fan_in_fan_out" in kind.settings:
         settings["fan_in_fan_out"] = fan_in_fan_out
     elif fan_in_fan_out:
-        raise UserError("PEFT has no MiSS for kernels that are stored (in, out), as GPT-2's are: "
-                        "export it as plain LoRA, as_lora=True, or merge it")  # fmt: skip
+        name = type(pieces[0].method).__name__
+        raise UserError(f"PEFT has no {name} for kernels that are stored (in, out), as GPT-2's "
+                        "are: export it as plain LoRA, as_lora=True, or merge it")  # fmt: skip
     saved = _whole(replace(adapter, sites=tuple(whole)), modules, params, found, fan_in_fan_out)
     arrays |= {tensors.PREFIX + name: value for name, value in saved.items()}
     return {name: np.ascontiguousarray(a, np.float32) for name, a in arrays.items()}, settings
@@ -140,7 +143,8 @@ def _pieces(adapter: Adapter, found: Mapping[str, Place], as_lora: bool) -> list
         path, method = site.target.path, site.method
         if isinstance(method, Full):
             continue
-        native = type(method) in LEAVES and (site.target.kind == "linear" or _tables(method))
+        kind = kind_of(method)
+        native = kind is not None and (site.target.kind == "linear" or kind.adapts_tables)
         own = (method, factors[path])
         pieces.append(_Piece(found[path], *own if native and not as_lora else
                              fold(*own, site.target)))  # fmt: skip
@@ -151,26 +155,16 @@ def _pieces(adapter: Adapter, found: Mapping[str, Place], as_lora: bool) -> list
     return pieces
 
 
-def _tables(method: Method) -> bool:
-    """Whether PEFT adapts embedding tables by this method."""
-    return config.settings(method)["peft_type"] == "LORA"
-
-
-def _arrays(pieces: list[_Piece], peft_type: str) -> dict[str, np.ndarray]:
+def _arrays(pieces: list[_Piece], kind: Kind) -> dict[str, np.ndarray]:
     """PEFT's tensors, one by one of stacked layers."""
-    arrays, scales = {}, {}
-    if peft_type == "VERA":
-        shared, scales = vera.shared({p.place.target.path: p.factors for p in pieces})
-        arrays = {f"base_model.{name}": array for name, array in shared.items()}
-    for place, method, factors in pieces:
+    shared, own = kind.gather({piece.place.target.path: piece.factors for piece in pieces})
+    arrays = {f"base_model.{name}": array for name, array in shared.items()}
+    for place, method, _ in pieces:
         target, n = place.target, len(place.target.lead)
-        for name, leaf in LEAVES[type(method)].items():
-            value = factors[name]
-            if isinstance(method, VeRA) and name == "d":
-                value = value * scales[target.path]
-            each = np.asarray(leaf.there(value))
+        for name, leaf in kind.leaves[type(method)].items():
+            each = np.asarray(leaf.there(own[target.path][name]))
             for module, one in zip(place.modules, each.reshape(-1, *each.shape[n:]), strict=True):
-                arrays[tensors.key(module, leaf.name, peft_type, target.kind)] = one
+                arrays[f"{tensors.PREFIX}{module}.{leaf.key(target.kind)}"] = one
     return arrays
 
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -11,10 +13,8 @@ from lora_mini_jax.adapters.adapter import Adapter, draw
 from lora_mini_jax.adapters.sites import Site, check
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors, Method
-from lora_mini_jax.methods import VeRA
 from lora_mini_jax.methods.full import Full
-from lora_mini_jax.peft import vera
-from lora_mini_jax.peft.leaves import LEAVES, tensor_shapes
+from lora_mini_jax.peft.kinds.kind import Kind, Leaf
 from lora_mini_jax.peft.names import Names, Place
 from lora_mini_jax.peft.tables import obstacle
 from lora_mini_jax.peft.tensors import Tensors, sort
@@ -23,10 +23,11 @@ from lora_mini_jax.tree import flatten, float32
 
 @dataclass(frozen=True)
 class Plan:
-    """What a file says of modules: the method of each, whether it must be there, whether its
-    tensors are saved whole, and in which layout."""
+    """What a file says: its kind, and of modules the method of each, whether it must be there,
+    whether its tensors are saved whole, and in which layout."""
 
     source: str
+    kind: Kind
     method: Callable[[str], Method]
     adapts: Callable[[str], bool] = lambda module: False
     saves: Callable[[str], bool] = lambda tensor: False
@@ -64,10 +65,9 @@ def build(
         if path in dense:
             trainable[path] = {"dense": jnp.asarray(dense[path])}
             continue
-        trainable[path] = _leaves(tensors, site.method, place)
-        if isinstance(site.method, VeRA):
-            parts = vera.frozen(tensors.shared, place.target.lead, *place.shape)
-            frozen[path] = {name: jnp.asarray(part, jnp.float32) for name, part in parts.items()}
+        trainable[path] = _leaves(tensors, given.kind.leaves[type(site.method)], place)
+        parts = given.kind.scatter(tensors.shared, place.target.lead, *place.shape).items()
+        frozen[path] = frozen[path] | {n: jnp.asarray(part, jnp.float32) for n, part in parts}
     return replace(drawn.with_trainable(trainable), frozen=frozen)
 
 
@@ -90,28 +90,36 @@ def _adapted(
             continue
         (method,) = methods
         for module in place.modules:
-            wrong += _misfits(tensors, module, method, place)
+            wrong += _misfits(tensors, module, given.kind, method, place)
         sites.append(Site(place.target, method))
     return sites, wrong
 
 
-def _misfits(tensors: Tensors, module: str, method: Method, place: Place) -> list[str]:
+def _misfits(tensors: Tensors, module: str, kind: Kind, method: Method, place: Place) -> list[str]:
     """What is wrong with one module's tensors."""
     own, wrong = tensors.adapted.get(module, {}), []
-    shapes = tensor_shapes(method, *place.shape)
+    shapes = _shapes(kind, method, *place.shape)
     for leaf, shape in shapes.items():
         if leaf not in own:
             wrong.append(f"{module}.{leaf} is missing")
         elif own[leaf].shape != shape:
             wrong.append(f"{module}.{leaf} is {own[leaf].shape}, not {shape}")
     wrong += [f"{module}.{leaf} is extra" for leaf in own if leaf not in shapes]
-    if isinstance(method, VeRA):
-        least = {"vera_A": (method.rank, place.shape[0]), "vera_B": (place.shape[1], method.rank)}
-        for name, (rows, columns) in least.items():
-            shape = tensors.shared.get(name, np.zeros((0, 0))).shape
-            if len(shape) != 2 or shape[0] < rows or shape[1] < columns:
-                wrong.append(f"{name} is {shape}, too small for {module}")
+    for name, (rows, columns) in kind.least_shapes(method, *place.shape).items():
+        shape = tensors.shared.get(name, np.zeros((0, 0))).shape
+        if len(shape) != 2 or shape[0] < rows or shape[1] < columns:
+            wrong.append(f"{name} is {shape}, too small for {module}")
     return wrong
+
+
+@cache
+def _shapes(kind: Kind, method: Method, n_in: int, n_out: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of PEFT's tensors for one kernel ``(in, out)``, by PEFT's names."""
+    kernel = jax.ShapeDtypeStruct((n_in, n_out), jnp.float32)
+    trainable, frozen = jax.eval_shape(method.init, jax.random.key(0), kernel)
+    own = {**frozen, **trainable}
+    return {leaf.name: jax.eval_shape(leaf.there, own[name]).shape
+            for name, leaf in kind.leaves[type(method)].items()}  # fmt: skip
 
 
 def _saved(
@@ -167,10 +175,10 @@ def _extra(tensors: Tensors, found: Mapping[str, Place]) -> list[str]:
     return [f"{name} is extra: no such kernel or parameter" for name in extra]
 
 
-def _leaves(tensors: Tensors, method: Method, place: Place) -> Factors:
+def _leaves(tensors: Tensors, leaves: Mapping[str, Leaf], place: Place) -> Factors:
     """The trained leaves of one kernel, its layers stacked again."""
     found = {}
-    for name, leaf in LEAVES[type(method)].items():
+    for name, leaf in leaves.items():
         stacked = np.stack([tensors.adapted[m][leaf.name] for m in place.modules])
         each = leaf.back(stacked.astype(np.float32))
         found[name] = jnp.asarray(each.reshape(*place.target.lead, *each.shape[1:]))

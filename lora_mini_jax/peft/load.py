@@ -8,11 +8,10 @@ import numpy as np
 
 from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.method import Method
-from lora_mini_jax.methods import LoRA
-from lora_mini_jax.methods.dora import DoRA
 from lora_mini_jax.peft import config as configs
 from lora_mini_jax.peft.fit import Plan, build
+from lora_mini_jax.peft.kinds import KINDS
+from lora_mini_jax.peft.kinds.lora import of_tensors
 from lora_mini_jax.peft.names import Names, llama_names, places
 from lora_mini_jax.peft.targeting import adapts, saves
 from lora_mini_jax.peft.tensors import read, sort
@@ -30,8 +29,8 @@ def load(
 
     The function is PEFT's: LoRA (with rsLoRA, DoRA, ranks and alphas by module), AdaLoRA before
     pruning, MiSS and VeRA. Modules saved whole become full fine-tuning sites. Trained leaves are
-    float32 whatever the file has. VeRA's random factors come from the file: `storage.save` such an
-    adapter with ``store_outer=True``.
+    float32 whatever the file has. VeRA's random factors come from the file: keep such an adapter by
+    `lora_mini_jax.save` with ``store_outer=True``.
 
     Args:
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -49,6 +48,7 @@ def load(
     names = names or llama_names(params)
     given = Plan(
         str(folder),
+        KINDS[config["peft_type"]],
         lambda module: configs.method_of(config, module, folder),
         lambda module: adapts(config, module),
         lambda tensor: saves(config, tensor),
@@ -97,17 +97,11 @@ def from_state_dict(
     if len(chosen) < sum(new is not None for new in mapped.values()):
         raise UserError("key_map gives two tensors the same key: map each to its own, or to None")
     adapted = sort(chosen).adapted
-
-    def method(module: str) -> Method:
-        own = adapted[module]
-        # One is enough: that the other is missing, or of another rank, is found later.
-        ranks = [own[leaf].shape[axis] for leaf, axis in (("lora_A", 0), ("lora_B", -1))
-                 if leaf in own and own[leaf].ndim == 2]  # fmt: skip
-        rank = ranks[0] if ranks else 1
-        if "lora_magnitude_vector" in own:
-            return DoRA(rank, float(alpha * rank**0.5 if rslora else alpha))
-        return LoRA(rank, float(alpha), rslora)
-
     names = names or llama_names(params)
-    given = Plan("the state dict", method, keeps_layout=getattr(names, "keeps_layout", False))
+    given = Plan(
+        "the state dict",
+        KINDS["LORA"],
+        lambda module: of_tensors(adapted[module], alpha, rslora),
+        keeps_layout=getattr(names, "keeps_layout", False),
+    )
     return build(chosen, given, params, places(params, targets, names), names)

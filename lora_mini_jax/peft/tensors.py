@@ -9,15 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.files import read_safetensors
+from lora_mini_jax.peft.kinds import KINDS
 
 FILE = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
-_LEAF = r"lora_embedding_[AB]|lora_[ABE]|lora_magnitude_vector|miss_block|vera_lambda_[bd]"
+_LEAVES = [leaf for kind in KINDS.values() for own in kind.leaves.values() for leaf in own.values()]
+_NAMES = {name: leaf.name for leaf in _LEAVES for name in (leaf.name, leaf.embed) if name}
+"""A leaf's name by what it is called in keys, of kernels and of tables."""
+_TOGETHER = [name for kind in KINDS.values() for name in kind.shared]
 # After the leaf comes the adapter's own name, or ``weight``, or both, or neither.
 _TAIL = r"(?:\.(?!weight$)[^.]+)?(?:\.weight)?"
-_ADAPTER = re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.({_LEAF}){_TAIL}")
-_SHARED = re.compile(r"(?:base_model\.)?(vera_[AB])(?:\.[^.]+)?")
+_ADAPTER = re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.({'|'.join(_NAMES)}){_TAIL}")
+_SHARED = re.compile(rf"(?:base_model\.)?({'|'.join(_TOGETHER)})(?:\.[^.]+)?")
 _WRAPPED = re.compile(r"\.(?:modules_to_save\.[^.]+|base_layer)(?=\.[^.]+$)")
 
 
@@ -28,7 +33,7 @@ class Tensors:
     Attributes:
         adapted: by module and leaf; those of tables too are called ``lora_A`` and ``lora_B``.
         whole: parameters of the model itself, by their names there.
-        shared: VeRA's factors.
+        shared: those of all modules together, `Kind.shared`.
         wrong: what is wrong with the keys.
     """
 
@@ -36,15 +41,6 @@ class Tensors:
     whole: dict[str, np.ndarray] = field(default_factory=dict)
     shared: dict[str, np.ndarray] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
-
-
-def key(module: str, leaf: str, peft_type: str, kind: str) -> str:
-    """PEFT's key of a tensor that belongs to an adapted module."""
-    if kind == "embed":
-        leaf = leaf.replace("lora_", "lora_embedding_") if leaf in ("lora_A", "lora_B") else leaf
-    elif peft_type == "LORA" and leaf in ("lora_A", "lora_B"):
-        leaf = f"{leaf}.weight"
-    return f"{PREFIX}{module}.{leaf}"
 
 
 def sort(tensors: Mapping[str, np.ndarray]) -> Tensors:
@@ -55,7 +51,7 @@ def sort(tensors: Mapping[str, np.ndarray]) -> Tensors:
             group, leaf = found.shared, match[1]
         elif match := _ADAPTER.fullmatch(name):
             group = found.adapted.setdefault(match[1], {})
-            leaf = match[2].replace("embedding_", "")
+            leaf = _NAMES[match[2]]
         else:
             group, leaf = found.whole, _WRAPPED.sub("", name.removeprefix(PREFIX))
         if leaf in group:
@@ -72,16 +68,7 @@ def read(folder: Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: no such file, a damaged one, or only a pickle, which could run anything.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    path = folder / FILE
-    if not path.is_file():
-        if (folder / PICKLE).is_file():
-            raise UserError(f"{folder} has only {PICKLE}, which is a pickle and never read: load "
-                            "it with PEFT and save it again, as safetensors")  # fmt: skip
-        raise UserError(f"no such file: {path}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): fetch it again") from None
+    if not (folder / FILE).is_file() and (folder / PICKLE).is_file():
+        raise UserError(f"{folder} has only {PICKLE}, which is a pickle and never read: load "
+                        "it with PEFT and save it again, as safetensors")  # fmt: skip
+    return read_safetensors(folder / FILE, "fetch it again")

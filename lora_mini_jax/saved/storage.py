@@ -16,7 +16,7 @@ import numpy as np
 from lora_mini_jax.adapters.adapter import Adapter, check_adapter, check_calibrated, draw
 from lora_mini_jax.adapters.sites import check
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.files import new_folder, read_json, write_text, writing
+from lora_mini_jax.files import new_folder, read_json, read_safetensors, write_text, writing
 from lora_mini_jax.method import Factors
 from lora_mini_jax.processes import on_host, together
 from lora_mini_jax.saved.record import Record, read_record, to_text
@@ -111,7 +111,8 @@ def load(
     if not allow_different_base:
         check_bits(record, params, folder)
         check_base(record, params, folder)
-    adapter = _fill(drawn, _read_tensors(folder), record.digests, folder)
+    tensors = read_safetensors(folder / "adapter.safetensors", "copy or save the adapter again")
+    adapter = _fill(drawn, tensors, record.digests, folder)
     check_drawn(record.digests, adapter, folder, allow_different_base)
     return adapter
 
@@ -155,19 +156,6 @@ def _drawn_again(adapter: Adapter, saved: dict[str, Factors]) -> dict[str, Facto
         path: {name: leaf for name, leaf in leaves.items() if name not in saved.get(path, ())}
         for path, leaves in adapter.without_scratch(adapter.frozen).items()
     }
-
-
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    path = folder / "adapter.safetensors"
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except (SafetensorError, OSError, AttributeError) as error:  # the last of dtypes NumPy lacks
-        raise UserError(f"{path} is damaged ({error}): copy or save the adapter again") from None
 
 
 def _fits(group: str, expected: Any, tensor: np.ndarray) -> bool:
