@@ -100,9 +100,7 @@ class Method(Settings, ABC):
     dropout: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        require_number("dropout", self.dropout, low=0)
-        if self.dropout >= 1:
-            raise UserError(f"dropout is {self.dropout}: give a number from 0, below 1")
+        require_number("dropout", self.dropout, low=0, below=1)
 
     @abstractmethod
     def init(self, key: jax.Array, kernel: jax.Array) -> tuple[Factors, Factors]:
@@ -152,6 +150,8 @@ class Method(Settings, ABC):
     def rows(self, ids: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
         """What is added to ``kernel[ids]``, for an embedding table. Override it where the factors
         can be indexed: this default multiplies a one-hot matrix."""
+        ids = jnp.asarray(ids, jnp.int32)
+        ids = jnp.where(ids < 0, ids + kernel.shape[0], ids)
         one_hot = jax.nn.one_hot(ids, kernel.shape[0], dtype=jnp.float32)
         return self.delta(one_hot, kernel, factors)
 

@@ -73,7 +73,7 @@ def theirs(method: AdaLoRA = METHOD) -> Any:
         target_modules=list(NAMES),
         init_r=method.rank,
         lora_alpha=int(method.alpha),
-        target_r=method.target_rank,
+        target_r=method.goal,
         total_step=method.total_steps,
         tinit=method.tinit,
         tfinal=method.tfinal,
@@ -198,6 +198,24 @@ def test_every_matrix_of_a_stack_is_a_kernel_of_its_own():
         each = {i: (each[i][0] | looped[i], each[i][1]) for i in each}
         close(own, jax.tree.map(lambda *x: jnp.stack(x), *(each[i][0] for i in each)), 1e-6)
         assert int(own["kept"].sum()) == METHOD.budget(t, 3) < 18
+
+
+@pytest.mark.parametrize(("rank", "goal"), [(1, 1), (4, 3), (12, 8)])
+def test_two_thirds_of_the_rank_are_left_where_nobody_says(rank: int, goal: int):
+    assert AdaLoRA(rank=rank).goal == goal
+
+
+@pytest.mark.parametrize("tfinal", [0, 1, 7])
+def test_in_the_end_no_more_are_left_than_the_target(tfinal: int):
+    method = replace(METHOD, tfinal=tfinal, delta_t=7, tinit=0)
+    trainable, frozen = method.init(jax.random.key(0), jnp.zeros((9, 8)))
+    own = {**frozen, **draws(trainable)}
+    for t in range(STEPS):
+        grads = draws(trainable, seed=t)
+        own["E"] += 0.1  # pruned entries grow back
+        stepped = method.step(jax.random.key(0), jnp.int32(t), {"x": own}, {"x": grads})
+        own |= stepped.frozen["x"] | stepped.trainable["x"]
+    assert int((own["E"] != 0).sum()) == int(own["kept"].sum()) == METHOD.goal
 
 
 def test_with_the_target_at_the_rank_nothing_is_pruned():

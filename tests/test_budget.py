@@ -51,6 +51,14 @@ def test_the_largest_size_that_fits(method: Any, budget: int):
     assert sum(site.n_trainable for site in sites) == max(n for n in counts if n <= budget)
 
 
+def test_a_size_is_that_of_the_inner_method_and_of_what_is_left_of_the_rank():
+    gated: Any = DiffoRA(inner=LoRA(rank=8)).sized(3, 64, 64)
+    assert gated.inner.rank == 3
+    pruned: Any = AdaLoRA(rank=6, target_rank=4).sized(5, 64, 64)
+    assert (pruned.rank, pruned.target_rank) == (5, 4)
+    assert AdaLoRA().sized(4, 64, 64) == AdaLoRA(rank=4, target_rank=3)
+
+
 def test_vera_s_kernels_share_a_rank_that_may_exceed_their_sides():
     sites: Any = within(VeRA(), TARGETS, 1_500)
     assert {site.method.rank for site in sites} == {(1_500 - 608) // 8}  # of 608 outputs

@@ -217,6 +217,14 @@ def test_the_inner_method_may_be_a_spec_and_its_dropout_counts():
     assert from_dict(method.to_dict()) == method
 
 
+def test_how_it_draws_is_the_inner_method_s():
+    assert DiffoRA(inner=PiSSA(rank=2)).redrawn_within == PiSSA.redrawn_within < 1e-3
+    targets = [Target(f"{name}/kernel", (6, 4)) for name in "qv"]
+    params = {name: {"kernel": jnp.ones((6, 4))} for name in "qv"}
+    one, other = init(params, DiffoRA(inner=VeRA(rank=3)), targets).frozen.values()
+    np.testing.assert_array_equal(one["A"], other["A"])
+
+
 def test_overrides_reach_the_inner_method():
     method = DiffoRA(LoRA(rank=2, dropout=0.1), rho=0.25)
     changed = method.with_settings({"rank": 1, "dropout": 0.2, "rho": 1})

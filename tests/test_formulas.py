@@ -313,7 +313,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "switchlora": {"rank": 8, "interval0": 40, "ratio": 0.1, "total_steps": 1000,
                    "freeze_steps": 5},
     "relora": {"rank": 8, "alpha": 16, "reset_every": 200},
-    "adalora": {"rank": 12, "alpha": 16, "total_steps": 1000, "target_rank": 8, "tinit": 0,
+    "adalora": {"rank": 12, "alpha": 16, "total_steps": 1000, "target_rank": None, "tinit": 0,
                 "tfinal": 0, "delta_t": 1, "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5},
     "full": {},
 }  # fmt: skip

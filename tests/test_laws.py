@@ -83,6 +83,11 @@ def thin(method: Any, kernel: Any, factors: Any) -> Any:
     return method.thin(factors, *kernel.shape)
 
 
+def stepped(method: Any, kernel: Any, factors: Any) -> Any:
+    """What the method does of its own, after some update."""
+    return method.step(jax.random.key(0), jnp.int32(3), {"x": factors}, {"x": factors})
+
+
 def unmoved(case: Case, frozen: Any) -> Any:
     """The frozen leaves that are the same at every step of training."""
     moved = case.method.stored
@@ -123,17 +128,31 @@ def test_delta_is_the_merged_kernel_less_the_kernel(case: Case):
     factors = {**frozen, **draws(trainable)}
     update = case.method.merge(kernel, factors) - shifted(case, kernel, factors)
     close(case.method.delta(x, kernel, factors), x @ update)
-    ids = jnp.array([[n_in - 1, 0], [3, 3]])
-    close(case.method.rows(ids, kernel, factors), update[ids])
+    for ids in (jnp.array([[n_in - 1, 0], [3, -2]]), jnp.array([9, 1], jnp.uint8)):
+        close(case.method.rows(ids, kernel, factors), update[ids])
     if pair := case.method.thin(factors, n_in, n_out):
         close(pair[0] @ pair[1], case.method.merge(kernel, factors) - kernel)
     half = case.method.delta(x.astype(jnp.bfloat16), kernel, factors)
     assert half.dtype == jnp.bfloat16
     close(half.astype(jnp.float32), x @ update, 0.05)
     # Accelerators round what they multiply, unless they are told not to.
-    for dense in (case.method.merge, case.method.unmerge, partial(thin, case.method)):
+    ways = (case.method.merge, case.method.unmerge, partial(thin, case.method),
+            partial(stepped, case.method))  # fmt: skip
+    for dense in ways:
         text = str(jax.make_jaxpr(dense)(kernel, factors))
         assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_small_update_survives_a_narrow_dtype(case: Case):
+    kernel, x = draws(jnp.zeros((12, 8))), draws(jnp.zeros((64, 12)), 1.0)
+    trainable, frozen = case.method.init(jax.random.key(1), kernel)
+    moved = jax.tree.map(lambda leaf, by: leaf + by, trainable, draws(trainable, 1e-3))
+    factors = {**frozen, **moved}
+    with jax.default_matmul_precision("highest"):
+        wanted = x @ (case.method.merge(kernel, factors) - shifted(case, kernel, factors))
+    found = case.method.delta(x.astype(jnp.bfloat16), kernel, factors).astype(jnp.float32)
+    assert jnp.linalg.norm(found - wanted) <= 0.03 * jnp.linalg.norm(wanted)
 
 
 @every_layout

@@ -88,6 +88,13 @@ def test_the_call_equals_merged_weights(name: str) -> None:
     assert jnp.abs(y - plain(params, X)).max() > 0.3
 
 
+@pytest.mark.parametrize("name", [name for name in LAYERS if "batch" not in name])
+def test_a_batch_may_be_empty(name: str) -> None:
+    apply, plain, params, adapter = setup(name, DoRA(rank=2))
+    empty = X[:0]
+    assert apply(params, adapter, empty).shape == plain(params, empty).shape
+
+
 def dots(function: Any, *args: Any) -> int:
     return str(jax.make_jaxpr(function)(*args)).count("dot_general[")
 

@@ -132,8 +132,9 @@ class Simulation:
         BUSY,
         SwitchLoRA(rank=6, interval0=5.0, ratio=0.5, total_steps=300, freeze_steps=2),
         SwitchLoRA(rank=7, interval0=2.0, ratio=2.0, total_steps=200, freeze_steps=1),
+        SwitchLoRA(rank=5, interval0=1.0, freeze_steps=2),
     ],
-    ids=["defaults", "busy", "moderate", "odd with few candidates"],
+    ids=["defaults", "busy", "moderate", "odd with few candidates", "odd and busy"],
 )
 def test_200_steps_are_those_of_the_simulation(method: SwitchLoRA):
     traces: list[int] = []

@@ -1,6 +1,7 @@
 """How each Flax layer uses its kernel: one rule a layer, from a call to a matrix product."""
 
 import inspect
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -66,7 +67,7 @@ def dense_general(module: Any, method: str, args: tuple) -> View | None:
     n, m = len(batch), len(axis)
     axis = sorted(a % x.ndim for a in axis)  # as Flax does, whatever order they are given in
     x = jnp.moveaxis(x, axis, range(x.ndim - m, x.ndim))
-    x = x.reshape(*x.shape[: x.ndim - m], -1)
+    x = x.reshape(*x.shape[: x.ndim - m], math.prod(x.shape[x.ndim - m :]))
     return View(
         x,
         lambda y: y.reshape(*y.shape[:-1], *features),
@@ -96,8 +97,9 @@ def einsum(module: Any, method: str, args: tuple) -> View | None:
     free = ("..." if "..." in xs else "") + free
     shape = module.shape
     moved = jnp.einsum(f"{xs}->{batch}{free}{ins}", x)
+    lead = moved.ndim - len(ins)
     return View(
-        moved.reshape(*moved.shape[: moved.ndim - len(ins)], -1),
+        moved.reshape(*moved.shape[:lead], math.prod(moved.shape[lead:])),
         lambda y: jnp.einsum(
             f"{batch}{free}{outs}->{right}",
             y.reshape(*y.shape[:-1], *(shape[ks.index(c)] for c in outs)),

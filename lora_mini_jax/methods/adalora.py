@@ -20,20 +20,18 @@ class AdaLoRA(LowRank):
 
     ``A (in, rank)``, ``E (rank,)`` and ``B (rank, out)`` are trained: ``rank (in + out + 1)``
     float32 parameters per kernel; ``s = alpha / (rank + 1e-5)``. ``A, B ~ N(0, 0.02^2)`` and
-    ``E = 0``, so training starts at the unchanged model. A loss term keeps the columns of ``A`` and
-    the rows of ``B`` near orthonormal.
+    ``E = 0``, so training starts at the unchanged model; a loss term keeps ``A, B`` orthonormal.
 
     A triplet (column of ``A``, entry of ``E``, row of ``B``) is scored by running averages of
     ``|parameter * gradient|`` and of its deviation. After update ``tinit`` the number that may stay
     falls along a cubic from ``rank`` a kernel to ``target_rank``, over all kernels with these
     settings. Every ``delta_t`` updates the lowest scores' ``E`` become 0, and may grow back until
-    the next time; the pattern after update ``total_steps - tfinal`` (from 0) is final. All as in
-    PEFT, which though fails if ``target_rank == rank``; here nothing is pruned then.
+    the next time; the pattern after update ``total_steps - tfinal`` (from 0), or the last, stays.
 
     Args:
         rank, alpha, dropout: as for `LoRA`; the rank is the one at the start.
         total_steps: how many updates the run has; the commands fill it in.
-        target_rank: the mean rank in the end, at most ``rank``.
+        target_rank: the mean rank in the end, at most ``rank``; by default two thirds of it.
         tinit, tfinal, delta_t: updates before pruning, with the final pattern, between prunings.
         beta1, beta2: of the running averages; orth_reg_weight: of the loss term.
 
@@ -49,7 +47,7 @@ class AdaLoRA(LowRank):
     any_rank = True
     rank: int = 12
     total_steps: int = 1000
-    target_rank: int = 8
+    target_rank: int | None = None
     tinit: int = 0
     tfinal: int = 0
     delta_t: int = 1
@@ -59,23 +57,24 @@ class AdaLoRA(LowRank):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("total_steps", "target_rank", "delta_t"):
-            require_whole(name, getattr(self, name))
-        for name in ("tinit", "tfinal"):
-            require_whole(name, getattr(self, name), low=0)
+        require_whole("target_rank", self.goal)
+        for name, low in {"total_steps": 1, "delta_t": 1, "tinit": 0, "tfinal": 0}.items():
+            require_whole(name, getattr(self, name), low=low)
         require_number("orth_reg_weight", self.orth_reg_weight, low=0)
-        for name in ("beta1", "beta2"):
-            require_number(name, value := getattr(self, name))
-            if value >= 1:
-                raise UserError(f"{name} is {value}: give a number above 0, below 1")
-        if self.target_rank > self.rank:
-            raise UserError(f"target_rank {self.target_rank} exceeds rank {self.rank}: lower it")
+        require_number("beta1", self.beta1, below=1)
+        require_number("beta2", self.beta2, below=1)
+        if self.goal > self.rank:
+            raise UserError(f"target_rank {self.goal} exceeds rank {self.rank}: lower it")
         if self.total_steps <= (both := self.tinit + self.tfinal):
             raise UserError(f"total_steps {self.total_steps} is not above tinit + tfinal = {both}")
 
     @property
     def scale(self) -> float:
         return self.alpha / (self.rank + 1e-5)
+
+    @property
+    def goal(self) -> int:
+        return -(-2 * self.rank // 3) if self.target_rank is None else self.target_rank
 
     @property
     def stored(self) -> frozenset[str]:
@@ -99,7 +98,7 @@ class AdaLoRA(LowRank):
 
     def sized(self, size: int, n_in: int, n_out: int) -> Method:
         rank = min(size, n_in, n_out)
-        return replace(self, rank=rank, target_rank=-(-rank * self.target_rank // self.rank))
+        return replace(self, rank=rank, target_rank=-(-rank * self.goal // self.rank))
 
     def penalty(self, factors: Factors) -> jax.Array | float:
         with jax.default_matmul_precision("highest"):
@@ -109,7 +108,7 @@ class AdaLoRA(LowRank):
 
     def budget(self, t: int, n_kernels: int) -> int:
         """How many triplets of ``n_kernels`` kernels may stay after update ``t``."""
-        goal, extra = self.target_rank * n_kernels, (self.rank - self.target_rank) * n_kernels
+        goal, extra = self.goal * n_kernels, (self.rank - self.goal) * n_kernels
         left = 1 - (t - self.tinit) / (self.total_steps - self.tfinal - self.tinit)
         return int(extra * min(max(left, 0.0), 1.0) ** 3 + goal)
 
@@ -118,7 +117,8 @@ class AdaLoRA(LowRank):
         frozen = {path: self._averages(t, own, grads[path]) for path, own in kernels.items()}
         scores = {path: _scores(averages) for path, averages in frozen.items()}
         bar = self._bar(t, jnp.concatenate([jnp.ravel(s) for s in scores.values()]))
-        decide = (t == end) | (t < end) & (t % self.delta_t == 0)
+        last = min(end, self.total_steps - 1)
+        decide = (t == last) | (t < end) & (t % self.delta_t == 0)
         for path, own in kernels.items():
             kept = jnp.where(decide, scores[path] > bar, own["kept"])
             trainable[path] = {"E": jnp.where((decide | (t > end)) & ~kept, 0.0, own["E"])}

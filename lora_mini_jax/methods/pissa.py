@@ -37,7 +37,7 @@ class FromKernel(LowRank):
         return _joined(*self._pairs(factors))
 
     def delta(self, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
-        return _since(x, *jax.tree.map(lambda leaf: leaf.astype(x.dtype), self._pairs(factors)))
+        return _since(x, *self._pairs(factors))
 
     def _pairs(self, factors: Factors) -> tuple[Pair, Pair]:
         """What is trained and where it started, each ``(in, rank), (rank, out)``."""
@@ -49,26 +49,31 @@ class FromKernel(LowRank):
 
 
 def _joined(now: Pair, start: Pair) -> Pair:
-    """``[A | A0]`` and ``[B ; -B0]``, whose product is the update."""
-    return jnp.concatenate([now[0], start[0]], 1), jnp.concatenate([now[1], -start[1]], 0)
+    """``[A - A0 | A0]`` and ``[B ; B - B0]``, whose product is the update. The differences are
+    taken in float32: a narrow dtype would round ``A`` and ``A0`` by more than they differ."""
+    return (
+        jnp.concatenate([now[0] - start[0], start[0]], 1),
+        jnp.concatenate([now[1], now[1] - start[1]], 0),
+    )
 
 
 @jax.custom_jvp
 def _since(x: jax.Array, now: Pair, start: Pair) -> jax.Array:
-    """``x`` times the update. The two halves share their products, so that a narrow dtype does not
-    round each of two large numbers; but gradients are those of one half alone, in its own shape:
-    autodiff would have devices exchange both."""
-    left, right = _joined(now, start)
+    """``x`` times the update, in ``x``'s dtype; gradients are formed in the shapes of ``A`` and
+    ``B``, not in those of the joined matrices, which autodiff would have devices exchange."""
+    left, right = (each.astype(x.dtype) for each in _joined(now, start))
     return matmul(x, left) @ right
 
 
 @_since.defjvp
 def _since_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    (x, now, start), (dx, dnow, dstart) = primals, tangents
-    left, right = _joined(now, start)
-    h, rank = matmul(x, left), now[0].shape[1]
-    dh = jnp.concatenate([matmul(x, dnow[0]), matmul(x, dstart[0])], -1) + matmul(dx, left)
-    return h @ right, dh @ right + h[..., :rank] @ dnow[1] - h[..., rank:] @ dstart[1]
+    (x, now, start), (dx, *changes) = primals, tangents
+    left, right = (each.astype(x.dtype) for each in _joined(now, start))
+    dnow, dstart = jax.tree.map(lambda change: change.astype(x.dtype), changes)
+    h, rank, seen = matmul(x, left), now[0].shape[1], matmul(x, dstart[0])
+    moved, still = h[..., :rank], h[..., rank:]
+    dh = jnp.concatenate([matmul(x, dnow[0]) - seen, seen], -1) + matmul(dx, left)
+    return h @ right, dh @ right + (moved + still) @ dnow[1] - still @ dstart[1]
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,16 @@ def require_whole(name: str, value: Any, low: int = 1) -> None:
         raise UserError(f"{name} is {value!r}: give a whole number from {low}{_of_python(value)}")
 
 
-def require_number(name: str, value: Any, low: float | None = None) -> None:
-    """Raise `UserError` unless ``value`` is finite, and above 0 (or from ``low``, where given)."""
+def require_number(
+    name: str, value: Any, low: float | None = None, below: float = math.inf
+) -> None:
+    """Raise `UserError` unless ``value`` is finite, above 0 (or from ``low``, where given), and
+    below ``below``."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     fits = number and math.isfinite(value) and (value > 0 if low is None else value >= low)
-    if not fits:
+    if not fits or value >= below:
         allowed = "above 0" if low is None else f"from {low}"
+        allowed += "" if below == math.inf else f", below {below}"
         raise UserError(f"{name} is {value!r}: give a finite number {allowed}{_of_python(value)}")
 
 

@@ -30,7 +30,8 @@ class AdaLoraKind(Kind):
     ignored = ("r",)
 
     def to_config(self, method: Any) -> dict[str, Any]:
-        return {theirs: plain(getattr(method, ours)) for theirs, ours in _OURS.items()}
+        own = {theirs: plain(getattr(method, ours)) for theirs, ours in _OURS.items()}
+        return own | {"target_r": method.goal}
 
     def of_config(self, config: Mapping[str, Any], module: str) -> Method:
         given = {ours: config[theirs] for theirs, ours in _OURS.items() if theirs in config}
