@@ -351,6 +351,9 @@ BROKEN: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "buckets": ("DebertaV2Model", {"position_buckets": 32}, ["position_buckets=32"]),
     "norm": ("DebertaV2Model", {"norm_rel_ebd": "rms"}, ["norm_rel_ebd 'rms'"]),
     "new words": ("DebertaV2Model", {"legacy": False}, ["legacy"]),
+    "no width": ("DebertaV2Model", {"hidden_size": float("nan")}, ["hidden_size nan"]),
+    "size and heads": ("BertModel", {"vocab_size": 0, "num_attention_heads": 7},
+                       ["vocab_size=0", "not a multiple of num_attention_heads=7"]),
 }  # fmt: skip
 
 
