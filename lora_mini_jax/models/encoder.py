@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.models.encoder_layers import Embeddings, Part, Stack
+from lora_mini_jax.models.encoder_layers import Embeddings, Stack
 from lora_mini_jax.models.family import Family
+from lora_mini_jax.models.part import Part
 
 
 class Encoder(Part):

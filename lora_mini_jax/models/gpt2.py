@@ -18,10 +18,10 @@ import jax.numpy as jnp
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models.attention import attend, update_cache
-from lora_mini_jax.models.encoder_layers import Part
 from lora_mini_jax.models.family import Family
 from lora_mini_jax.models.gpt2_config import GPT2Config
 from lora_mini_jax.models.masks import look_back
+from lora_mini_jax.models.part import Part
 from lora_mini_jax.models.scoring import scored
 from lora_mini_jax.models.stack import run_stack
 
@@ -104,8 +104,8 @@ class GPT2(Part):
                 raise UserError(f"{tokens.shape[1]} tokens are too many for a model of "
                                 f"{c.n_positions} positions: give fewer")  # fmt: skip
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-        words = self.table(c.vocab_size, "wte")
-        x = words(tokens) + self.table(c.n_positions, "wpe")(positions)
+        words = self.table("wte", c.vocab_size)
+        x = words(tokens) + self.table("wpe", c.n_positions)(positions)
         seen = look_back(tokens, segment_ids, cache)
         kv = None if cache is None else (cache["k"], cache["v"])
         x, kv = run_stack(

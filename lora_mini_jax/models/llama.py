@@ -14,8 +14,6 @@ Example:
     (1, 3, 32)
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,14 +22,14 @@ import numpy as np
 from lora_mini_jax.models.family import Family
 from lora_mini_jax.models.llama_config import LlamaConfig
 from lora_mini_jax.models.llama_families import KINDS
-from lora_mini_jax.models.llama_layers import Block, Part
+from lora_mini_jax.models.llama_layers import Block, LlamaPart
 from lora_mini_jax.models.masks import look_back
 from lora_mini_jax.models.rotary import Rope, angles
 from lora_mini_jax.models.scoring import scored
 from lora_mini_jax.models.stack import run_stack
 
 
-class Llama(Part):
+class Llama(LlamaPart):
     """The language model: token ids to logits of the next token.
 
     Attributes:
@@ -44,8 +42,6 @@ class Llama(Part):
             `remat.POLICIES`. Parameters are unchanged.
     """
 
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
     scan_layers: bool = False
     remat: str = "none"
 
@@ -65,11 +61,8 @@ class Llama(Part):
         c, start = self.config, 0 if cache is None else cache["length"]
         if positions is None:
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-        embed = nn.Embed(
-            c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype,
-            embedding_init=nn.initializers.normal(c.initializer_range), name="embed_tokens",
-        )  # fmt: skip
-        x = embed(tokens)
+        words = self.table("embed_tokens", c.vocab_size)
+        x = words(tokens)
         if c.kind.plus_one:
             x = x * jnp.asarray(c.hidden_size**0.5, self.dtype)
         kinds = sorted(set(c.sliding))
@@ -84,7 +77,7 @@ class Llama(Part):
         )  # fmt: skip
         x = self.norm("norm")(x)
         tied = c.tie_word_embeddings
-        head = embed if tied else self.dense("lm_head", c.vocab_size, bias=False)
+        head = words if tied else self.linear("lm_head", c.vocab_size, bias=False)
 
         def logits_of(head, x):
             logits = (head.attend(x) if tied else head(x)).astype(jnp.float32)

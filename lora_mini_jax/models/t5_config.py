@@ -85,6 +85,13 @@ class T5Config:
         only."""
         return self.relative_attention_num_buckets // 2
 
+    # What other models' parts and the decoding call these things.
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the model."""
+        return self.d_model
+
     @property
     def num_hidden_layers(self) -> int:
         """The layers of both halves."""
@@ -106,7 +113,7 @@ class T5Config:
         return self.feed_forward_proj.startswith(GATED)
 
     @property
-    def activation(self) -> str:
+    def hidden_act(self) -> str:
         """The activation of the feed-forward, a key of `ACTIVATIONS`."""
         name = self.feed_forward_proj.removeprefix(GATED)
         return "gelu_new" if self.feed_forward_proj == "gated-gelu" else name
@@ -127,7 +134,7 @@ class T5Config:
             given.setdefault("decoder_start_token_id", given["pad_token_id"])
         config = cls(**given)
         # Transformers writes these two as well, and where they are there goes by them.
-        says = {"dense_act_fn": config.activation, "is_gated_act": config.gated}
+        says = {"dense_act_fn": config.hidden_act, "is_gated_act": config.gated}
         bad = [f"{name} {hf[name]!r}" for name, v in says.items() if hf.get(name) not in (None, v)]
         if bad:
             raise UserError(f"T5 config: {', '.join(bad)} contradicts feed_forward_proj "
