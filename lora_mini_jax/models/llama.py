@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_mini_jax.models.attention import next_cache, read_cache
 from lora_mini_jax.models.family import Family
 from lora_mini_jax.models.llama_config import LlamaConfig
 from lora_mini_jax.models.llama_families import KINDS
 from lora_mini_jax.models.llama_layers import Block, LlamaPart
 from lora_mini_jax.models.masks import look_back
 from lora_mini_jax.models.rotary import Rope, angles
-from lora_mini_jax.models.scoring import scored
+from lora_mini_jax.models.scoring import answer
 from lora_mini_jax.models.stack import run_stack
 
 
@@ -58,7 +59,7 @@ class Llama(LlamaPart):
             labels: (batch, time) int32, what is to come at each place: then `Scores` of them are
                 returned in place of logits, which are never in memory as a whole.
         """
-        c, start = self.config, 0 if cache is None else cache["length"]
+        c, (kv, start) = self.config, read_cache(cache)
         if positions is None:
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
         words = self.table("embed_tokens", c.vocab_size)
@@ -69,28 +70,13 @@ class Llama(LlamaPart):
         windows = tuple(c.sliding_window if slides else None for slides in kinds)
         seen = look_back(tokens, segment_ids, cache, windows)
         ropes = tuple(_rope(c, slides, positions) for slides in kinds)
-        kv = None if cache is None else (cache["k"], cache["v"])
         which = np.array([kinds.index(slides) for slides in c.sliding]) if len(kinds) > 1 else None
         x, kv = run_stack(
             Block, self.args, x, (ropes, seen, start), (which, kv),
             name="layers", depth=c.num_hidden_layers, scan=self.scan_layers, remat=self.remat,
         )  # fmt: skip
-        x = self.norm("norm")(x)
-        tied = c.tie_word_embeddings
-        head = words if tied else self.linear("lm_head", c.vocab_size, bias=False)
-
-        def logits_of(head, x):
-            logits = (head.attend(x) if tied else head(x)).astype(jnp.float32)
-            cap = c.final_logit_softcapping
-            return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-        if labels is not None:
-            return scored(head, logits_of, x, labels)
-        logits = logits_of(head, x)
-        if cache is None:
-            return logits
-        length = start + tokens.shape[1]
-        return logits, {"k": kv[0], "v": kv[1], "segment_ids": seen.slots, "length": length}
+        cache = next_cache(cache, kv, seen.slots, tokens.shape[1])
+        return answer(self, words, self.norm("norm")(x), labels, cache, c.final_logit_softcapping)
 
 
 def _rope(config: LlamaConfig, slides: bool, positions: jax.Array) -> Rope:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from lora_mini_jax.models import attention
 from lora_mini_jax.models.family import Family, token_inputs
 from lora_mini_jax.models.masks import look_back
-from lora_mini_jax.models.scoring import scored
+from lora_mini_jax.models.scoring import answer
 from lora_mini_jax.models.stack import run_stack
 from lora_mini_jax.models.t5_config import T5Config
 from lora_mini_jax.models.t5_layers import Block, T5Part, distance_rows
@@ -92,7 +92,7 @@ class T5(T5Part):
             labels: (batch, time) int32, what is to come at each place: then `Scores` of them are
                 returned in place of logits, which are never in memory as a whole.
         """
-        c, kv, start = self.config, None, 0
+        c, (kv, start) = self.config, attention.read_cache(cache)
         words = self.table("shared", c.vocab_size)
         halves = self.scan_layers, self.remat
         said = (cache or {}).get("memory")
@@ -103,27 +103,16 @@ class T5(T5Part):
             cross = None
         else:
             memory, seen, cross = None, said["mask"], (said["k"], said["v"])
-        if cache is not None:
-            kv, start = (cache["k"], cache["v"]), cache["length"]
         before = look_back(decoder_tokens, decoder_mask, cache)
         decoder = Stack(*self.args, True, *halves, name="decoder")
         x, kept = decoder(words(decoder_tokens), before, memory, seen, start, (kv, cross))
-        tied = c.tie_word_embeddings
-        head = words if tied else self.linear("lm_head", c.vocab_size, bias=False)
-
-        def logits_of(head, x):
-            return (head.attend(x * c.d_model**-0.5) if tied else head(x)).astype(jnp.float32)
-
-        if labels is not None:
-            return scored(head, logits_of, x, labels)
-        logits = logits_of(head, x)
-        if cache is None:
-            return logits
-        (k, v), (cross_k, cross_v) = kept
-        return logits, {
-            "k": k, "v": v, "segment_ids": before.slots, "length": start + decoder_tokens.shape[1],
-            "memory": {"k": cross_k, "v": cross_v, "mask": seen},
-        }  # fmt: skip
+        if c.tie_word_embeddings:
+            x = x * c.d_model**-0.5
+        if cache is not None:
+            kv, (k, v) = kept
+            cache = attention.next_cache(cache, kv, before.slots, decoder_tokens.shape[1])
+            cache |= {"memory": {"k": k, "v": v, "mask": seen}}
+        return answer(self, words, x, labels, cache)
 
 
 def _inputs() -> tuple[jax.ShapeDtypeStruct, ...]:
