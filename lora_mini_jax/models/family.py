@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -44,6 +44,9 @@ class Family:
         config: a frozen dataclass with ``from_hf(dict)``, ``to_hf()`` and ``num_hidden_layers``.
         module: the Linen module, ``module(config, dtype, param_dtype, scan_layers, remat)``.
         architectures: the names in ``config.json`` that it serves.
+        kind: whether it continues text, reads one text and writes another, or reads and has a head
+            for what it tells. Only encoders have several heads: other heads in a file are ignored,
+            and what a head that is asked for lacks can be drawn.
         prefix: what the names in files begin with.
         bare: the top modules whose names have no prefix: heads.
         keeps_layout: whether linear kernels, those of ``bare`` modules apart, are stored
@@ -56,15 +59,14 @@ class Family:
             ``num_hidden_layers``.
         moved: modules that stand elsewhere in the file, by their path.
         may_lack_prefix: whether a file may have its tensors without ``prefix``.
-        trunk: where the family has several heads, the top modules that are in no head. A file may
-            then have its tensors without ``prefix``, other heads in it are ignored, and what a
-            head that is asked for lacks can be drawn.
+        trunk: an encoder's top modules that are in no head.
         inputs: the abstract inputs of a call that shows every parameter.
     """
 
     config: Any
     module: Any
     architectures: tuple[str, ...]
+    kind: Literal["decoder", "seq2seq", "encoder"] = "decoder"
     prefix: str = "model."
     bare: tuple[str, ...] = ("lm_head",)
     keeps_layout: bool = False
@@ -116,7 +118,7 @@ class Family:
             >>> FAMILY.canonical("embeddings.LayerNorm.gamma")
             'bert.embeddings.LayerNorm.weight'
         """
-        if not self.trunk and not self.may_lack_prefix:
+        if not self.may_lack_prefix:
             return name
         name = re.sub(r"(LayerNorm)\.gamma$", r"\1.weight", name)
         name = re.sub(r"(LayerNorm)\.beta$", r"\1.bias", name).removeprefix(self.prefix)

@@ -32,7 +32,7 @@ def asked(
         if num_labels is not None or labels is not None:
             raise UserError("num_labels and labels describe a new head: give task too")
         return hf
-    if not family.trunk:
+    if family.kind != "encoder":
         name = ", ".join(family.architectures)
         raise UserError(f"{name} has but one head: leave task={task!r} out")
     return with_head(hf, family.config.hf_name, task, num_labels, labels)

@@ -124,6 +124,7 @@ FAMILY = Family(
     config=T5Config,
     module=T5,
     architectures=("T5ForConditionalGeneration", "T5WithLMHeadModel"),
+    kind="seq2seq",
     prefix="",
     stack="block",
     lists=("layer",),
