@@ -126,6 +126,21 @@ def init_cache(
     return {"k": empty, "v": empty, "segment_ids": slots, "length": jnp.zeros((), jnp.int32)}
 
 
+def read_cache(cache: dict[str, Any] | None) -> tuple[tuple[Array, Array] | None, Array | int]:
+    """What layers have in a cache, and where the next token goes; without a cache None and 0."""
+    return (None, 0) if cache is None else ((cache["k"], cache["v"]), cache["length"])
+
+
+def next_cache(
+    cache: dict[str, Any] | None, kv: tuple[Array, Array], slots: Array | None, time: int
+) -> Any:
+    """The cache after ``time`` more tokens: what layers have in it now, and who is where; None
+    stays None."""
+    if cache is None:
+        return None
+    return {"k": kv[0], "v": kv[1], "segment_ids": slots, "length": cache["length"] + time}
+
+
 def update_cache(
     kv: tuple[Array, Array], k: Array, v: Array, start: Array | int
 ) -> tuple[Array, Array]:

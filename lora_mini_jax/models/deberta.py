@@ -29,8 +29,9 @@ import numpy as np
 
 from lora_mini_jax.models.deberta_config import DebertaV2Config
 from lora_mini_jax.models.encoder import Encoder, encoder_family
-from lora_mini_jax.models.encoder_layers import Part, Stack
+from lora_mini_jax.models.encoder_layers import Stack
 from lora_mini_jax.models.heads import BertWords, Pooler
+from lora_mini_jax.models.part import Part
 
 
 def buckets(distance: np.ndarray, count: int, longest: int) -> np.ndarray:
@@ -98,9 +99,9 @@ class DisentangledStack(Stack):
 
     def relative(self, time: int) -> tuple[jax.Array, jax.Array]:
         c = self.config
-        table = self.table(2 * c.span, "rel_embeddings")(jnp.arange(2 * c.span))
+        table = self.table("rel_embeddings", 2 * c.span)(jnp.arange(2 * c.span))
         if c.norm_rel_ebd == "layer_norm":
-            table = self.norm()(table)
+            table = self.norm("LayerNorm")(table)
         return table, rows(c, time)
 
 

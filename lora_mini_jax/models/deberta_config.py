@@ -3,10 +3,27 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lora_mini_jax.models.checks import is_flag, is_size
 from lora_mini_jax.models.encoder_config import EncoderConfig
+from lora_mini_jax.settings.checks import Joint, Rule, flag, is_, is_size, whole
 
 _KINDS = ("c2p", "p2c")
+
+
+def _strangers(kinds: tuple[str, ...]) -> list[str]:
+    """What is none of `_KINDS`."""
+    return [kind for kind in kinds if kind not in _KINDS]
+
+
+def _says_strangers(name: str, kinds: tuple[str, ...]) -> str:
+    """`Rule.says` for kinds of which some are none of `_KINDS`."""
+    others, allowed = (", ".join(map(repr, each)) for each in (_strangers(kinds), _KINDS))
+    return f"{name} {others} is not supported, only {allowed}"
+
+
+def _buckets_fit(config: "DebertaV2Config") -> bool:
+    """Whether there are distances for every bucket."""
+    count, longest = config.position_buckets, config.longest
+    return count < 1 or not is_size(longest) or 1 <= count // 2 < longest - 1
 
 
 @dataclass(frozen=True)
@@ -28,7 +45,19 @@ class DebertaV2Config(EncoderConfig):
 
     hf_name: ClassVar[str] = "DebertaV2"
     model_type: ClassVar[str] = "deberta-v2"
-    least_types: ClassVar[int] = 0
+    rules = (
+        *EncoderConfig.rules,
+        whole("type_vocab_size", low=0),
+        Rule(("pos_att_type",), lambda kinds: not _strangers(kinds), _says_strangers),
+        flag("share_att_key", "position_biased_input"),
+        Rule(("norm_rel_ebd",), lambda value: value in ("none", "layer_norm"),
+             lambda name, v: f"{name} {v!r} is not supported, only 'none' and 'layer_norm'"),
+        Rule(("position_buckets", "max_relative_positions"), lambda value: type(value) is int,
+             is_("not a whole number")),
+        Joint(("position_buckets", "max_relative_positions"), _buckets_fit,
+              "position_buckets={c.position_buckets} does not fit "
+              "max_relative_positions={c.longest}"),
+    )  # fmt: skip
 
     type_vocab_size: int = 0
     layer_norm_eps: float = 1e-7
@@ -55,27 +84,6 @@ class DebertaV2Config(EncoderConfig):
         """How many rows of the distances' table there are each way."""
         return self.position_buckets if self.position_buckets > 0 else self.longest
 
-    def _problems(self) -> list[str]:
-        bad = super()._problems()
-        if others := [kind for kind in self.pos_att_type if kind not in _KINDS]:
-            bad.append(f"pos_att_type {', '.join(map(repr, others))} is not supported, only "
-                       f"{', '.join(map(repr, _KINDS))}")  # fmt: skip
-        bad += [f"{name}={getattr(self, name)!r} is neither true nor false"
-                for name in ("share_att_key", "position_biased_input")
-                if not is_flag(getattr(self, name))]  # fmt: skip
-        if self.norm_rel_ebd not in ("none", "layer_norm"):
-            bad.append(f"norm_rel_ebd {self.norm_rel_ebd!r} is not supported, only 'none' and "
-                       "'layer_norm'")  # fmt: skip
-        wrong = [f"{name}={getattr(self, name)!r} is not a whole number"
-                 for name in ("position_buckets", "max_relative_positions")
-                 if type(getattr(self, name)) is not int]  # fmt: skip
-        if wrong or self.position_buckets < 1 or not is_size(self.longest):
-            return bad + wrong
-        if not 1 <= self.position_buckets // 2 < self.longest - 1:
-            bad.append(f"position_buckets={self.position_buckets} does not fit "
-                       f"max_relative_positions={self.longest}")  # fmt: skip
-        return bad
-
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> Any:
         """As `EncoderConfig.from_hf`; ``pos_att_type`` may also be written ``"c2p|p2c"``."""
@@ -96,7 +104,7 @@ class DebertaV2Config(EncoderConfig):
         if hf.get("legacy") is False:
             bad.append("legacy false is not supported")
         for name in ("embedding_size", "pooler_hidden_size"):
-            if hf.get(name, width) != width:
+            if name in hf and hf[name] != width:
                 bad.append(f"{name} {hf[name]!r} is not supported, only hidden_size {width!r}")
         size, heads = hf.get("attention_head_size"), hf.get("num_attention_heads")
         if size is not None and not (is_size(size) and is_size(heads) and size * heads == width):

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.models.encoder_layers import Embeddings, Part, Stack
+from lora_mini_jax.models.encoder_layers import Embeddings, Stack
 from lora_mini_jax.models.family import Family
+from lora_mini_jax.models.part import Part
 
 
 class Encoder(Part):
@@ -89,7 +90,8 @@ def encoder_family(config: Any, module: type[Encoder], base: str, words: str, *m
     """
     table = f"{base}.embeddings.word_embeddings.weight"
     return Family(
-        config=config, module=module, architectures=config.architectures(), prefix=f"{base}.",
+        config=config, module=module, architectures=config.architectures(), kind="encoder",
+        prefix=f"{base}.", may_lack_prefix=True,
         bare=("classifier", words.split(".")[0], *more),
         copies={f"{words}.decoder.weight": table, f"{words}.decoder.bias": f"{words}.bias"},
         # Buffers of old files, positions that a DeBERTa never adds, and BERT's next sentence.

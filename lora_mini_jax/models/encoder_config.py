@@ -5,14 +5,22 @@ from typing import Any, ClassVar
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models.activations import ACTIVATIONS
-from lora_mini_jax.models.checks import is_real, is_size
+from lora_mini_jax.models.checks import given, missing, unsupported
 from lora_mini_jax.models.tasks import ENDINGS, read_labels
+from lora_mini_jax.settings.checks import Joint, Rule, choice, multiple, positive, problems, whole
 
 _PROBLEMS = (
     None, "regression", "single_label_classification", "multi_label_classification",
 )  # fmt: skip
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
           "num_attention_heads")  # fmt: skip
+_PLAIN = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+"""What other keys of ``config.json`` must be."""
+
+
+def _are_names(labels: Any) -> bool:
+    """Whether these are one or more distinct names."""
+    return all(isinstance(label, str) for label in labels) and 0 < len(labels) == len(set(labels))
 
 
 @dataclass(frozen=True)
@@ -33,8 +41,18 @@ class EncoderConfig:
     hf_name: ClassVar[str]
     """What the names of the architectures begin with."""
     model_type: ClassVar[str]
-    least_types: ClassVar[int] = 1
-    """The smallest ``type_vocab_size``."""
+    rules: ClassVar[tuple[Rule | Joint, ...]] = (
+        whole(*_SIZES, "max_position_embeddings"),
+        whole("pad_token_id", low=0),
+        positive("initializer_range", "layer_norm_eps"),
+        multiple("hidden_size", of="num_attention_heads"),
+        choice("hidden_act", ACTIVATIONS),
+        choice("task", ENDINGS),
+        choice("problem_type", _PROBLEMS),
+        Rule(("labels",), _are_names,
+             lambda name, v: f"{name} {list(v)!r} are not one or more distinct names"),
+    )  # fmt: skip
+    """What the fields must be; ``type_vocab_size`` is each family's own matter."""
 
     vocab_size: int
     hidden_size: int
@@ -52,31 +70,8 @@ class EncoderConfig:
     problem_type: str | None = None
 
     def __post_init__(self) -> None:
-        if bad := self._problems():
+        if bad := problems(self, self.rules):
             raise UserError(f"{self.hf_name} config: {'; '.join(bad)}; correct config.json")
-
-    def _problems(self) -> list[str]:
-        """What is wrong with the values."""
-        least = dict.fromkeys((*_SIZES, "max_position_embeddings"), 1)
-        least |= {"type_vocab_size": self.least_types, "pad_token_id": 0}
-        bad = [f"{n}={getattr(self, n)!r} is not a whole number from {low}"
-               for n, low in least.items()
-               if not is_size(getattr(self, n), low)]  # fmt: skip
-        reals = {n: getattr(self, n) for n in ("initializer_range", "layer_norm_eps")}
-        bad += [f"{n}={v!r} is not a positive number" for n, v in reals.items()
-                if not is_real(v)]  # fmt: skip
-        if not bad and self.hidden_size % self.num_attention_heads:
-            bad.append(f"hidden_size={self.hidden_size} is not a multiple of "
-                       f"num_attention_heads={self.num_attention_heads}")  # fmt: skip
-        for name, allowed in (("hidden_act", ACTIVATIONS), ("task", ENDINGS),
-                              ("problem_type", _PROBLEMS)):  # fmt: skip
-            if (value := getattr(self, name)) not in tuple(allowed):  # it may be unhashable
-                bad.append(f"{name} {value!r} is not supported, only "
-                           f"{', '.join(map(repr, filter(None, allowed)))}")  # fmt: skip
-        named = all(isinstance(label, str) for label in self.labels)
-        if not named or not self.labels or len(set(self.labels)) < len(self.labels):
-            bad.append(f"labels {list(self.labels)!r} are not one or more distinct names")
-        return bad
 
     @property
     def head_dim(self) -> int:
@@ -109,33 +104,25 @@ class EncoderConfig:
             UserError: an architecture of another family, a variant that is not supported, and
                 missing or senseless values, all in one line.
         """
-        given = hf.get("architectures") or [cls.hf_name + "Model"]
+        names = hf.get("architectures") or [cls.hf_name + "Model"]
         tasks = {cls.hf_name + ending: task for task, ending in ENDINGS.items()}
         bad = cls._unsupported(hf)
-        if len(given) != 1 or given[0] not in tasks:
-            bad.append(f"architecture {', '.join(map(str, given))!r} is not supported, only "
+        if len(names) != 1 or names[0] not in tasks:
+            bad.append(f"architecture {', '.join(map(str, names))!r} is not supported, only "
                        f"{', '.join(tasks)}")  # fmt: skip
-        elif tasks[given[0]] == "masked-lm" and hf.get("tie_word_embeddings") is False:
+        elif tasks[names[0]] == "masked-lm" and hf.get("tie_word_embeddings") is False:
             bad.append("tie_word_embeddings=false is not supported for masked-lm")
-        if missing := [name for name in _SIZES if hf.get(name) is None]:
-            bad.append(f"missing {', '.join(missing)}")
         labels, problem = read_labels(hf)
-        if bad := bad + problem:
+        if bad := bad + missing(hf, _SIZES) + problem:
             raise UserError(f"{cls.hf_name} config: {'; '.join(bad)}; use another model or its "
                             "config.json")  # fmt: skip
-        # A null in config.json means the default.
-        known: dict[str, Any] = {f.name: hf[f.name] for f in fields(cls)
-                                 if hf.get(f.name) is not None}  # fmt: skip
-        known |= {"task": tasks[given[0]], "labels": labels}
+        known: dict[str, Any] = given(cls, hf) | {"task": tasks[names[0]], "labels": labels}
         return cls(**known)
 
     @classmethod
     def _unsupported(cls, hf: dict[str, Any]) -> list[str]:
         """The settings of this dict that would make another model than the one here."""
-        plain = {"position_embedding_type": "absolute", "is_decoder": False,
-                 "add_cross_attention": False}  # fmt: skip
-        return [f"{name} {hf[name]!r} is not supported, only {want!r}"
-                for name, want in plain.items() if hf.get(name, want) != want]  # fmt: skip
+        return unsupported(hf, _PLAIN)
 
     def to_hf(self) -> dict[str, Any]:
         """The ``config.json`` dict."""
@@ -154,6 +141,7 @@ class BertConfig(EncoderConfig):
 
     hf_name: ClassVar[str] = "Bert"
     model_type: ClassVar[str] = "bert"
+    rules = (*EncoderConfig.rules, whole("type_vocab_size"))
 
 
 @dataclass(frozen=True)
@@ -162,6 +150,7 @@ class RobertaConfig(EncoderConfig):
 
     hf_name: ClassVar[str] = "Roberta"
     model_type: ClassVar[str] = "roberta"
+    rules = (*EncoderConfig.rules, whole("type_vocab_size"))
 
     pad_token_id: int = 1
 

@@ -1,8 +1,7 @@
 """The pieces of BERT, RoBERTa and DeBERTa: embeddings, attention, layers and their stack.
 
-GPT-2 is made of the same `Part`. Every piece carries Hugging Face's module name, so that a path
-here is a name there. There is no dropout anywhere: a frozen base has no use for it, and an
-adapter's own is the method's setting.
+Every piece carries Hugging Face's module name, so that a path here is a name there. There is no
+dropout anywhere: a frozen base has no use for it, and an adapter's own is the method's setting.
 """
 
 from typing import Any, ClassVar
@@ -11,71 +10,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.models.activations import ACTIVATIONS
 from lora_mini_jax.models.cudnn_attention import by_cudnn
+from lora_mini_jax.models.part import Part
 from lora_mini_jax.models.stack import run_stack
-
-
-class Part(nn.Module):
-    """A piece of a model: its config, its dtypes, and the layers that all pieces are made of."""
-
-    config: Any
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @property
-    def args(self) -> tuple[Any, Any, Any]:
-        """What a piece of this piece is made with."""
-        return self.config, self.dtype, self.param_dtype
-
-    @nn.nowrap
-    def linear(self, name: str, features: int, bias: bool = True) -> nn.Dense:
-        """A projection with the config's initialiser."""
-        init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Dense(
-            features, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype,
-            kernel_init=init, name=name,
-        )  # fmt: skip
-
-    @nn.nowrap
-    def table(self, rows: int, name: str | None = None) -> nn.Embed:
-        """A table of rows as wide as the model."""
-        init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Embed(
-            rows, self.config.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype,
-            embedding_init=init, name=name,
-        )  # fmt: skip
-
-    @nn.nowrap
-    def norm(self, name: str | None = "LayerNorm") -> nn.LayerNorm:
-        """A layer norm: computed in float32, returned in ``dtype``."""
-        # The fast variance, E[x^2] - E[x]^2, loses digits that torch keeps.
-        return nn.LayerNorm(
-            self.config.layer_norm_eps, dtype=self.dtype, param_dtype=self.param_dtype,
-            use_fast_variance=False, name=name,
-        )  # fmt: skip
-
-    @nn.nowrap
-    def heads(self, x: jax.Array) -> jax.Array:
-        """(batch, time, width) as (batch, time, heads, head_dim)."""
-        return x.reshape(*x.shape[:-1], -1, self.config.head_dim)
-
-    @nn.nowrap
-    def activate(self, x: jax.Array) -> jax.Array:
-        """The config's activation."""
-        return ACTIVATIONS[self.config.hidden_act](x)
 
 
 class Embeddings(Part):
     """Words, token types and positions, summed and normalised; the last two not in every model."""
 
     def setup(self) -> None:
-        self.word_embeddings = self.table(self.config.vocab_size)
+        self.word_embeddings = self.table(None, self.config.vocab_size)
         if self.config.has_positions:
-            self.position_embeddings = self.table(self.config.max_position_embeddings)
+            self.position_embeddings = self.table(None, self.config.max_position_embeddings)
         if self.config.type_vocab_size:
-            self.token_type_embeddings = self.table(self.config.type_vocab_size)
-        self.LayerNorm = self.norm(name=None)
+            self.token_type_embeddings = self.table(None, self.config.type_vocab_size)
+        self.LayerNorm = self.norm(None)
 
     def __call__(self, input_ids, token_type_ids, positions):
         x = self.word_embeddings(input_ids)
@@ -105,7 +54,7 @@ class Residual(Part):
 
     @nn.compact
     def __call__(self, x, before):
-        return self.norm()(self.linear("dense", self.config.hidden_size)(x) + before)
+        return self.norm("LayerNorm")(self.linear("dense", self.config.hidden_size)(x) + before)
 
 
 class Attention(Part):

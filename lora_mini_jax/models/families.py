@@ -9,10 +9,12 @@ from lora_mini_jax.errors import UserError
 from lora_mini_jax.models import bert, deberta, gpt2, llama, roberta, t5
 from lora_mini_jax.models.family import Family
 
-DECODERS = (llama.FAMILY, gpt2.FAMILY)
-"""Those that continue text: called with tokens, positions, segments and a cache."""
-FAMILIES = (*DECODERS, t5.FAMILY, bert.FAMILY, *roberta.FAMILIES, deberta.FAMILY)
+FAMILIES = (
+    llama.FAMILY, gpt2.FAMILY, t5.FAMILY, bert.FAMILY, *roberta.FAMILIES, deberta.FAMILY,
+)  # fmt: skip
 """A new kind of model is a file and a place here."""
+DECODERS = tuple(family for family in FAMILIES if family.kind == "decoder")
+"""Those that continue text: called with tokens, positions, segments and a cache."""
 
 
 def family_of(hf: dict[str, Any], any_head: bool = False) -> Family:

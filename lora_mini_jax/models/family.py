@@ -4,15 +4,15 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-PathTuple = tuple[str, ...]
+from lora_mini_jax.tree import flatten, unflatten
+
 STACK = "layers"
 """The module under which ``nn.scan`` stacks the layers that are ``layers_0``, ... without it."""
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
@@ -21,6 +21,16 @@ _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias":
 def token_inputs() -> tuple[jax.ShapeDtypeStruct, ...]:
     """The inputs of a call that shows all parameters: one token."""
     return (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
+
+
+def _joined(path: str | tuple[str, ...]) -> str:
+    # peft.names and the benchmark of loading have a path's parts.
+    return path if isinstance(path, str) else "/".join(path)
+
+
+def first(path: str) -> str:
+    """The top module of a parameter: ``"encoder"`` or ``"classifier"``."""
+    return path.split("/")[0]
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,9 @@ class Family:
         config: a frozen dataclass with ``from_hf(dict)``, ``to_hf()`` and ``num_hidden_layers``.
         module: the Linen module, ``module(config, dtype, param_dtype, scan_layers, remat)``.
         architectures: the names in ``config.json`` that it serves.
+        kind: whether it continues text, reads one text and writes another, or reads and has a head
+            for what it tells. Only encoders have several heads: other heads in a file are ignored,
+            and what a head that is asked for lacks can be drawn.
         prefix: what the names in files begin with.
         bare: the top modules whose names have no prefix: heads.
         keeps_layout: whether linear kernels, those of ``bare`` modules apart, are stored
@@ -46,15 +59,14 @@ class Family:
             ``num_hidden_layers``.
         moved: modules that stand elsewhere in the file, by their path.
         may_lack_prefix: whether a file may have its tensors without ``prefix``.
-        trunk: where the family has several heads, the top modules that are in no head. A file may
-            then have its tensors without ``prefix``, other heads in it are ignored, and what a
-            head that is asked for lacks can be drawn.
+        trunk: an encoder's top modules that are in no head.
         inputs: the abstract inputs of a call that shows every parameter.
     """
 
     config: Any
     module: Any
     architectures: tuple[str, ...]
+    kind: Literal["decoder", "seq2seq", "encoder"] = "decoder"
     prefix: str = "model."
     bare: tuple[str, ...] = ("lm_head",)
     keeps_layout: bool = False
@@ -68,31 +80,35 @@ class Family:
     trunk: tuple[str, ...] = ()
     inputs: Callable[[], tuple[jax.ShapeDtypeStruct, ...]] = token_inputs
 
-    def depth(self, config: Any, path: PathTuple) -> int:
+    def depth(self, config: Any, path: str | tuple[str, ...]) -> int:
         """How many layers are in the stack that a parameter belongs to."""
-        return getattr(config, self.depths.get(path[0], "num_hidden_layers"))
+        return getattr(config, self.depths.get(first(_joined(path)), "num_hidden_layers"))
 
-    def names(self, path: PathTuple, layers: int) -> list[str]:
+    def stacked(self, path: str) -> bool:
+        """Whether a parameter is that of all layers, along its first axis."""
+        return self.stack in path.split("/")
+
+    def names(self, path: str | tuple[str, ...], layers: int) -> list[str]:
         """The tensors that make one parameter: one, or one a layer where it is stacked.
 
         Example:
             >>> from lora_mini_jax.models.llama import FAMILY
-            >>> FAMILY.names(("layers_3", "self_attn", "q_proj", "kernel"), layers=8)
+            >>> FAMILY.names("layers_3/self_attn/q_proj/kernel", layers=8)
             ['model.layers.3.self_attn.q_proj.weight']
-            >>> FAMILY.names(("layers", "input_layernorm", "scale"), layers=2)
+            >>> FAMILY.names("layers/input_layernorm/scale", layers=2)
             ['model.layers.0.input_layernorm.weight', 'model.layers.1.input_layernorm.weight']
         """
-        leaf = _LEAVES.get(path[-1], path[-1])
-        prefix = "" if path[0] in self.bare else self.prefix
+        path = _joined(path)
+        module, _, leaf = path.rpartition("/")
+        prefix = "" if first(path) in self.bare else self.prefix
         lists = "|".join((self.stack, *self.lists))
-        modules = "/".join(path[:-1])
         parts = [re.sub(rf"^({lists})_(\d+)$", r"\1.\2", part)
-                 for part in self.moved.get(modules, modules).split("/")]  # fmt: skip
-        if self.stack not in path:
-            return [prefix + ".".join((*parts, leaf))]
-        at = path.index(self.stack)
-        return [prefix + ".".join((*parts[: at + 1], str(i), *parts[at + 1 :], leaf))
-                for i in range(layers)]  # fmt: skip
+                 for part in self.moved.get(module, module).split("/")]  # fmt: skip
+        parts.append(_LEAVES.get(leaf, leaf))
+        if self.stack not in parts:
+            return [prefix + ".".join(parts)]
+        at = 1 + parts.index(self.stack)
+        return [prefix + ".".join((*parts[:at], str(i), *parts[at:])) for i in range(layers)]
 
     def canonical(self, name: str) -> str:
         """What a tensor of a file is called here: older files had other names.
@@ -102,7 +118,7 @@ class Family:
             >>> FAMILY.canonical("embeddings.LayerNorm.gamma")
             'bert.embeddings.LayerNorm.weight'
         """
-        if not self.trunk and not self.may_lack_prefix:
+        if not self.may_lack_prefix:
             return name
         name = re.sub(r"(LayerNorm)\.gamma$", r"\1.weight", name)
         name = re.sub(r"(LayerNorm)\.beta$", r"\1.bias", name).removeprefix(self.prefix)
@@ -112,28 +128,30 @@ class Family:
         """The top module of a tensor's name: ``"encoder"`` or ``"classifier"``."""
         return name.removeprefix(self.prefix).split(".")[0]
 
-    def swapped(self, path: PathTuple, value: np.ndarray) -> np.ndarray:
+    def swapped(self, path: str, value: np.ndarray) -> np.ndarray:
         """A parameter in the file's layout, or the other way round: its own inverse."""
         return value.swapaxes(-1, -2) if self.flips(path) else value
 
-    def flips(self, path: PathTuple) -> bool:
+    def flips(self, path: str | tuple[str, ...]) -> bool:
         """Whether the file has the axes of a parameter the other way round."""
-        return path[-1] == "kernel" and not (self.keeps_layout and path[0] not in self.bare)
+        path = _joined(path)
+        kept = self.keeps_layout and first(path) not in self.bare
+        return path.endswith("/kernel") and not kept
 
     def shapes(self, model: nn.Module) -> dict[str, Any]:
         """Shape and dtype of every parameter, as a tree; nothing is computed."""
         own = cast(Any, model)
         # Traced with one layer of a kind, be it stacked or not: many take seconds.
-        stacked = flatten_dict(_shapes(own.clone(scan_layers=True), self.inputs))
+        stacked = flatten(_shapes(own.clone(scan_layers=True), self.inputs))
         found = {}
         for path, leaf in stacked.items():
-            if own.scan_layers or self.stack not in path:
+            if own.scan_layers or not self.stacked(path):
                 found[path] = leaf
                 continue
-            at, one = path.index(self.stack), jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+            one = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
             for i in range(leaf.shape[0]):
-                found[(*path[:at], f"{self.stack}_{i}", *path[at + 1 :])] = one
-        return jax.tree.map(lambda leaf: leaf, unflatten_dict(found))  # in the order of its names
+                found[re.sub(rf"(^|/){self.stack}/", rf"\1{self.stack}_{i}/", path, count=1)] = one
+        return jax.tree.map(lambda leaf: leaf, unflatten(found))  # in the order of its names
 
 
 @lru_cache(maxsize=16)

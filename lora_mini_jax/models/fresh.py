@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.models.family import Family, PathTuple
+from lora_mini_jax.models.family import Family, first
 from lora_mini_jax.models.tasks import with_head
 from lora_mini_jax.models.tensors import Tensor
+from lora_mini_jax.tree import flatten
 
 OF_LABELS = "classifier"
 """The module whose weights mean a task's labels, and nothing in another task's model."""
@@ -32,7 +32,7 @@ def asked(
         if num_labels is not None or labels is not None:
             raise UserError("num_labels and labels describe a new head: give task too")
         return hf
-    if not family.trunk:
+    if family.kind != "encoder":
         name = ", ".join(family.architectures)
         raise UserError(f"{name} has but one head: leave task={task!r} out")
     return with_head(hf, family.config.hf_name, task, num_labels, labels)
@@ -40,40 +40,39 @@ def asked(
 
 def lacking(
     family: Family,
-    slots: Mapping[PathTuple, dict[str, tuple[int, ...]]],
+    slots: Mapping[str, dict[str, tuple[int, ...]]],
     where: Mapping[str, Tensor],
     same_task: bool,
-) -> list[PathTuple]:
+) -> list[str]:
     """The head's parameters that a file does not have, or in another shape.
 
     Args:
-        slots: the tensors of every parameter, by name, with their shapes.
+        slots: the tensors of every parameter, by its path and their name, with their shapes.
         where: the tensors of the file.
         same_task: whether the file is of the task that is asked for; if not, its classifier is
             not taken, though it may fit.
     """
 
-    def has(path: PathTuple) -> bool:
-        if path[0] == OF_LABELS and not same_task:
+    def has(path: str) -> bool:
+        if first(path) == OF_LABELS and not same_task:
             return False
         return all(n in where and where[n].shape == shape for n, shape in slots[path].items())
 
-    return [path for path in slots if path[0] not in family.trunk and not has(path)]
+    return [path for path in slots if first(path) not in family.trunk and not has(path)]
 
 
 def draw(
-    model: Any, family: Family, paths: Sequence[PathTuple], seed: int
-) -> tuple[Any, dict[PathTuple, jax.Array]]:
+    model: Any, family: Family, paths: Sequence[str], seed: int
+) -> tuple[Any, dict[str, jax.Array]]:
     """The model that knows which parameters were drawn, and those, as its ``init`` draws them."""
     if not paths:
         return model, {}
 
     def some(key: jax.Array) -> list[jax.Array]:
         inputs = [jnp.zeros(x.shape, x.dtype) for x in family.inputs()]
-        flat = flatten_dict(model.init(key, *inputs)["params"])
+        flat = flatten(model.init(key, *inputs)["params"])
         return [flat[path] for path in paths]
 
     # Compiled, so that the trunk, which nobody asks for here, is not drawn as well.
     values = jax.jit(some)(jax.random.key(seed))
-    drawn = tuple("/".join(path) for path in paths)
-    return model.clone(drawn=drawn), dict(zip(paths, values, strict=True))
+    return model.clone(drawn=tuple(paths)), dict(zip(paths, values, strict=True))

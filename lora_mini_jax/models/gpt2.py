@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.models.attention import attend, update_cache
-from lora_mini_jax.models.encoder_layers import Part
+from lora_mini_jax.models.attention import attend, next_cache, read_cache, update_cache
 from lora_mini_jax.models.family import Family
 from lora_mini_jax.models.gpt2_config import GPT2Config
 from lora_mini_jax.models.masks import look_back
-from lora_mini_jax.models.scoring import scored
+from lora_mini_jax.models.part import Part
+from lora_mini_jax.models.scoring import answer
 from lora_mini_jax.models.stack import run_stack
 
 
@@ -98,34 +98,21 @@ class GPT2(Part):
         Raises:
             UserError: more tokens than positions, where ``positions`` are not given.
         """
-        c, start = self.config, 0 if cache is None else cache["length"]
+        c, (kv, start) = self.config, read_cache(cache)
         if positions is None:
             if tokens.shape[1] > c.n_positions:
                 raise UserError(f"{tokens.shape[1]} tokens are too many for a model of "
                                 f"{c.n_positions} positions: give fewer")  # fmt: skip
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-        words = self.table(c.vocab_size, "wte")
-        x = words(tokens) + self.table(c.n_positions, "wpe")(positions)
+        words = self.table("wte", c.vocab_size)
+        x = words(tokens) + self.table("wpe", c.n_positions)(positions)
         seen = look_back(tokens, segment_ids, cache)
-        kv = None if cache is None else (cache["k"], cache["v"])
         x, kv = run_stack(
             Block, self.args, x, (seen, start), (1 + jnp.arange(c.n_layer), kv),
             name="h", depth=c.n_layer, scan=self.scan_layers, remat=self.remat,
         )  # fmt: skip
-        x = self.norm("ln_f")(x)
-        tied = c.tie_word_embeddings
-        head = words if tied else self.linear("lm_head", c.vocab_size, bias=False)
-
-        def logits_of(head, x):
-            return (head.attend(x) if tied else head(x)).astype(jnp.float32)
-
-        if labels is not None:
-            return scored(head, logits_of, x, labels)
-        logits = logits_of(head, x)
-        if cache is None:
-            return logits
-        length = start + tokens.shape[1]
-        return logits, {"k": kv[0], "v": kv[1], "segment_ids": seen.slots, "length": length}
+        cache = next_cache(cache, kv, seen.slots, tokens.shape[1])
+        return answer(self, words, self.norm("ln_f")(x), labels, cache)
 
 
 FAMILY = Family(

@@ -4,31 +4,30 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.models.checks import (
-    ACTIVATION,
-    DEEPEST,
-    is_activation,
-    is_depth,
-    is_flag,
-    is_id,
-    is_ids,
-    is_real,
-    is_size,
+from lora_mini_jax.models.activations import ACTIVATIONS
+from lora_mini_jax.models.checks import depth, read_fields, token_id, token_ids
+from lora_mini_jax.settings.checks import (
+    choice,
+    flag,
+    multiple,
+    optional,
+    positive,
     problems,
-    read_fields,
+    whole,
 )
 
 REQUIRED = ("vocab_size", "n_embd", "n_layer", "n_head")
 _RULES = (
-    (("vocab_size", "n_embd", "n_head", "n_positions"), is_size, "not a whole number from 1"),
-    (("n_layer",), is_depth, f"not a whole number from 1 to {DEEPEST}"),
-    (("n_inner",), lambda v: v is None or is_size(v), "not a whole number from 1"),
-    (("layer_norm_epsilon", "initializer_range"), is_real, "not a positive number"),
-    (("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn",
-      "tie_word_embeddings"), is_flag, "neither true nor false"),
-    (("bos_token_id", "pad_token_id"), is_id, "no token id"),
-    (("eos_token_id",), is_ids, "no token id"),
-    (("activation_function",), is_activation, ACTIVATION),
+    whole("vocab_size", "n_embd", "n_head", "n_positions"),
+    depth("n_layer"),
+    optional(whole("n_inner")),
+    positive("layer_norm_epsilon", "initializer_range"),
+    flag("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn",
+         "tie_word_embeddings"),
+    optional(token_id("bos_token_id", "pad_token_id")),
+    token_ids("eos_token_id"),
+    choice("activation_function", ACTIVATIONS, "="),
+    multiple("n_embd", "n_head"),
 )  # fmt: skip
 _PLAIN = {"model_type": "gpt2", "is_causal": True, "add_cross_attention": False,
           "pruned_heads": {}}  # fmt: skip
@@ -70,10 +69,7 @@ class GPT2Config:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        bad = problems(self, _RULES)
-        if not bad and self.n_embd % self.n_head:
-            bad.append(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
-        if bad:
+        if bad := problems(self, _RULES):
             raise UserError(f"GPT-2 config: {'; '.join(bad)}; correct config.json")
 
     # What other models' parts and the decoding call these things.

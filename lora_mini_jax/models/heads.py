@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.models.encoder_layers import Part
+from lora_mini_jax.models.part import Part
 
 Attend = Callable[[jax.Array], jax.Array]
 """(..., width) to (..., vocab): the products with every word's embedding."""
@@ -46,7 +46,8 @@ class Transform(Part):
 
     @nn.compact
     def __call__(self, x):
-        return self.norm()(self.activate(self.linear("dense", self.config.hidden_size)(x)))
+        x = self.activate(self.linear("dense", self.config.hidden_size)(x))
+        return self.norm("LayerNorm")(x)
 
 
 class Predictions(Part):

@@ -67,7 +67,7 @@ def load_decoder_config(path_or_id: str | os.PathLike[str]) -> Any:
     """
     folder = resolve(path_or_id)
     family, config = _read_config(folder)
-    if family not in DECODERS:
+    if family.kind != "decoder":
         known = (name for decoder in DECODERS for name in decoder.architectures)
         raise UserError(
             f"{folder} holds a {family.module.__name__}, which does not continue text: give one of "

@@ -14,24 +14,23 @@ Example:
     (1, 3, 32)
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_mini_jax.models.attention import next_cache, read_cache
 from lora_mini_jax.models.family import Family
 from lora_mini_jax.models.llama_config import LlamaConfig
 from lora_mini_jax.models.llama_families import KINDS
-from lora_mini_jax.models.llama_layers import Block, Part
+from lora_mini_jax.models.llama_layers import Block, LlamaPart
 from lora_mini_jax.models.masks import look_back
 from lora_mini_jax.models.rotary import Rope, angles
-from lora_mini_jax.models.scoring import scored
+from lora_mini_jax.models.scoring import answer
 from lora_mini_jax.models.stack import run_stack
 
 
-class Llama(Part):
+class Llama(LlamaPart):
     """The language model: token ids to logits of the next token.
 
     Attributes:
@@ -44,8 +43,6 @@ class Llama(Part):
             `remat.POLICIES`. Parameters are unchanged.
     """
 
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
     scan_layers: bool = False
     remat: str = "none"
 
@@ -62,42 +59,24 @@ class Llama(Part):
             labels: (batch, time) int32, what is to come at each place: then `Scores` of them are
                 returned in place of logits, which are never in memory as a whole.
         """
-        c, start = self.config, 0 if cache is None else cache["length"]
+        c, (kv, start) = self.config, read_cache(cache)
         if positions is None:
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-        embed = nn.Embed(
-            c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype,
-            embedding_init=nn.initializers.normal(c.initializer_range), name="embed_tokens",
-        )  # fmt: skip
-        x = embed(tokens)
+        words = self.table("embed_tokens", c.vocab_size)
+        x = words(tokens)
         if c.kind.plus_one:
             x = x * jnp.asarray(c.hidden_size**0.5, self.dtype)
         kinds = sorted(set(c.sliding))
         windows = tuple(c.sliding_window if slides else None for slides in kinds)
         seen = look_back(tokens, segment_ids, cache, windows)
         ropes = tuple(_rope(c, slides, positions) for slides in kinds)
-        kv = None if cache is None else (cache["k"], cache["v"])
         which = np.array([kinds.index(slides) for slides in c.sliding]) if len(kinds) > 1 else None
         x, kv = run_stack(
             Block, self.args, x, (ropes, seen, start), (which, kv),
             name="layers", depth=c.num_hidden_layers, scan=self.scan_layers, remat=self.remat,
         )  # fmt: skip
-        x = self.norm("norm")(x)
-        tied = c.tie_word_embeddings
-        head = embed if tied else self.dense("lm_head", c.vocab_size, bias=False)
-
-        def logits_of(head, x):
-            logits = (head.attend(x) if tied else head(x)).astype(jnp.float32)
-            cap = c.final_logit_softcapping
-            return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-        if labels is not None:
-            return scored(head, logits_of, x, labels)
-        logits = logits_of(head, x)
-        if cache is None:
-            return logits
-        length = start + tokens.shape[1]
-        return logits, {"k": kv[0], "v": kv[1], "segment_ids": seen.slots, "length": length}
+        cache = next_cache(cache, kv, seen.slots, tokens.shape[1])
+        return answer(self, words, self.norm("norm")(x), labels, cache, c.final_logit_softcapping)
 
 
 def _rope(config: LlamaConfig, slides: bool, positions: jax.Array) -> Rope:

@@ -1,15 +1,24 @@
 """The shape of a decoder of Llama's family."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models.activations import ACTIVATIONS
-from lora_mini_jax.models.checks import DEEPEST, is_depth, is_flag, is_id, is_real, is_size
+from lora_mini_jax.models.checks import depth, token_id, token_ids
 from lora_mini_jax.models.llama_families import KINDS, Kind
 from lora_mini_jax.models.rotary import Scaling
 from lora_mini_jax.models.rotary_config import GLOBAL, LOCAL
+from lora_mini_jax.settings.checks import (
+    Rule,
+    choice,
+    flag,
+    is_,
+    optional,
+    positive,
+    problems,
+    whole,
+)
 
 _WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
 REQUIRED = (*_WIDTHS, "num_hidden_layers")
@@ -19,16 +28,20 @@ OPTIONS: dict[str, Any] = {
     "final_logit_softcapping": None, "rope_local_base_freq": None,
 }  # fmt: skip
 """The fields that only some architectures have, and what they are in the others."""
-_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    ((*_WIDTHS, "max_position_embeddings"), is_size, "not a whole number from 1"),
-    (("num_hidden_layers",), is_depth, f"not a whole number from 1 to {DEEPEST}"),
-    (("num_key_value_heads", "head_dim"), lambda v: is_size(v, 0), "not a whole number from 1"),
-    (("sliding_window",), lambda v: v is None or is_size(v), "not a whole number from 1"),
-    (("rms_norm_eps", "rope_theta", "initializer_range"), is_real, "not a positive number"),
-    (("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
-      "rope_local_base_freq"), lambda v: v is None or is_real(v), "not a positive number"),
-    (("attention_bias", "mlp_bias", "tie_word_embeddings"), is_flag, "neither true nor false"),
-    (("bos_token_id", "pad_token_id"), is_id, "no token id"),
+_RULES = (
+    whole(*_WIDTHS, "max_position_embeddings"),
+    depth("num_hidden_layers"),
+    optional(whole("num_key_value_heads", "head_dim"), 0),
+    optional(whole("sliding_window")),
+    positive("rms_norm_eps", "rope_theta", "initializer_range"),
+    optional(positive("query_pre_attn_scalar", "attn_logit_softcapping",
+                      "final_logit_softcapping", "rope_local_base_freq")),
+    flag("attention_bias", "mlp_bias", "tie_word_embeddings"),
+    optional(token_id("bos_token_id", "pad_token_id")),
+    token_ids("eos_token_id"),
+    choice("hidden_act", ACTIVATIONS),
+    Rule(("rope_scaling",), lambda value: isinstance(value, Scaling | None),
+         is_("no stretch of positions")),
 )  # fmt: skip
 
 
@@ -92,17 +105,7 @@ class LlamaConfig:
 
     def _wrong_values(self) -> list[str]:
         """The values that could be right in no model, or not in this one."""
-        bad = [f"{name}={getattr(self, name)!r} is {what}"
-               for names, fits, what in _RULES for name in names
-               if not fits(getattr(self, name))]  # fmt: skip
-        ends = self.eos_token_id
-        if not all(map(is_id, ends if isinstance(ends, tuple) else (ends,))):
-            bad.append(f"eos_token_id={ends!r} is no token id")
-        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
-            bad.append(f"hidden_act {self.hidden_act!r} is not supported, only "
-                       f"{', '.join(map(repr, ACTIVATIONS))}")  # fmt: skip
-        if not isinstance(self.rope_scaling, Scaling | None):
-            bad.append(f"rope_scaling={self.rope_scaling!r} is no stretch of positions")
+        bad = problems(self, _RULES)
         others = [name for name in OPTIONS if name not in self.kind.options]
         return bad + [f"{name}={getattr(self, name)!r} is not an option of {self.architecture}"
                       for name in others if getattr(self, name) != OPTIONS[name]]  # fmt: skip

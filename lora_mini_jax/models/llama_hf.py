@@ -3,10 +3,11 @@
 from typing import Any
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.models.checks import is_depth, is_size
+from lora_mini_jax.models.checks import DEEPEST, missing, unsupported
 from lora_mini_jax.models.llama_config import REQUIRED, LlamaConfig
 from lora_mini_jax.models.llama_families import KINDS, Kind
 from lora_mini_jax.models.rotary_config import GLOBAL, LOCAL, read_ropes, write_ropes
+from lora_mini_jax.settings.checks import is_size
 
 _COMMON = (
     *REQUIRED, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings",
@@ -29,12 +30,10 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
     """
     architecture = _architecture(hf)
     kind = KINDS[architecture]
-    bad = _refused(hf, kind)
-    if missing := [name for name in REQUIRED if hf.get(name) is None]:
-        bad.append(f"missing {', '.join(missing)}")
     ropes, problems = read_ropes(hf, kind.defaults.get("rope_theta", 10000.0),
                                  kind.defaults.get("rope_local_base_freq"))  # fmt: skip
-    if bad := bad + problems:
+    bad = unsupported(hf, _plain(kind), "not supported here") + missing(hf, REQUIRED) + problems
+    if bad:
         raise UserError(f"Llama config: {'; '.join(bad)}; use another model or its config.json")
     given = {name: hf[name] for name in (*_COMMON, *kind.options) if name in hf}
     given["hidden_act"] = hf.get(kind.activation)
@@ -58,21 +57,20 @@ def _architecture(hf: dict[str, Any]) -> str:
     return given[0]
 
 
-def _refused(hf: dict[str, Any], kind: Kind) -> list[str]:
-    """The settings that would make another model than the one here."""
+def _plain(kind: Kind) -> dict[str, Any]:
+    """What other keys must be; anything else would make another model than the one here."""
     plain: dict[str, Any] = {"model_type": kind.model_type, "is_causal": True,
                              "use_bidirectional_attention": False}  # fmt: skip
-    if kind.model_type == "gemma3_text":
-        plain["attn_logit_softcapping"] = None
-    return [f"{name} {hf[name]!r} is not supported here, only {want!r}"
-            for name, want in plain.items() if hf.get(name) not in (None, want)]  # fmt: skip
+    capped = kind.model_type != "gemma3_text"
+    return plain if capped else plain | {"attn_logit_softcapping": None}
 
 
 def _by_rule(hf: dict[str, Any], kind: Kind, out: dict[str, Any]) -> tuple[str, ...]:
     """``layer_types`` as older files say them: by a number."""
     name, usual = kind.rule
     number, depth = hf.get(name, usual), hf["num_hidden_layers"]
-    if out["sliding_window"] is None or not name or number is None or not is_depth(depth):
+    known = number is not None and is_size(depth, high=DEEPEST)
+    if out["sliding_window"] is None or not name or not known:
         return ()
     if not is_size(number, 0 if kind.may_switch_off else 1):
         raise UserError(f"Llama config: {name}={number!r} is no number of layers; correct "

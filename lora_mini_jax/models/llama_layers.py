@@ -1,48 +1,27 @@
 """The layers of a decoder of Llama's family; every difference within it is a field of the config
 or of its kind."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.models.activations import ACTIVATIONS
 from lora_mini_jax.models.attention import attend, update_cache
-from lora_mini_jax.models.llama_config import LlamaConfig
 from lora_mini_jax.models.norms import RMSNorm
+from lora_mini_jax.models.part import Part
 from lora_mini_jax.models.rotary import rotate
 
 
-class Part(nn.Module):
-    """A piece of the model: its config, its dtypes, and what all pieces are made of."""
-
-    config: LlamaConfig
-    dtype: Any
-    param_dtype: Any
-
-    @property
-    def args(self) -> tuple[LlamaConfig, Any, Any]:
-        """What a piece of this piece is made with."""
-        return self.config, self.dtype, self.param_dtype
+class LlamaPart(Part):
+    """A `Part` with norms of the architecture's kind."""
 
     @nn.nowrap
-    def dense(self, name: str, features: int, bias: bool) -> nn.Dense:
-        """A projection with the config's initialiser."""
-        init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Dense(
-            features, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype,
-            kernel_init=init, name=name,
-        )  # fmt: skip
-
-    @nn.nowrap
-    def norm(self, name: str) -> RMSNorm:
-        """A norm of the architecture's kind."""
+    def norm(self, name: str | None) -> RMSNorm:
+        """A norm without a mean."""
         offset = float(self.config.kind.plus_one)
         return RMSNorm(self.config.rms_norm_eps, self.dtype, self.param_dtype, offset, name=name)
 
 
-class Attention(Part):
+class Attention(LlamaPart):
     """Grouped-query attention; ``kv`` is this layer's slice of the cache, or None."""
 
     @nn.compact
@@ -51,9 +30,7 @@ class Attention(Part):
 
         def heads(name: str, count: int) -> jax.Array:
             bias = c.attention_bias or c.kind.qkv_bias
-            return self.dense(name, count * c.head_dim, bias)(x).reshape(
-                *x.shape[:2], count, c.head_dim
-            )
+            return self.heads(self.linear(name, count * c.head_dim, bias=bias)(x))
 
         q, k = heads("q_proj", c.num_attention_heads), heads("k_proj", c.num_key_value_heads)
         v = heads("v_proj", c.num_key_value_heads)
@@ -67,21 +44,21 @@ class Attention(Part):
         cap = c.attn_logit_softcapping
         out = attend(q, k, v, seen, scale=scale, softcap=cap)
         out = out.reshape(*x.shape[:2], -1)
-        return self.dense("o_proj", c.hidden_size, c.attention_bias)(out), kv
+        return self.linear("o_proj", c.hidden_size, bias=c.attention_bias)(out), kv
 
 
-class MLP(Part):
+class MLP(LlamaPart):
     """The gated feed-forward: ``down(act(gate(x)) * up(x))``."""
 
     @nn.compact
     def __call__(self, x):
         wide, bias = self.config.intermediate_size, self.config.mlp_bias
-        gate = ACTIVATIONS[self.config.hidden_act](self.dense("gate_proj", wide, bias)(x))
-        gated = gate * self.dense("up_proj", wide, bias)(x)
-        return self.dense("down_proj", self.config.hidden_size, bias)(gated)
+        gate = self.activate(self.linear("gate_proj", wide, bias=bias)(x))
+        gated = gate * self.linear("up_proj", wide, bias=bias)(x)
+        return self.linear("down_proj", self.config.hidden_size, bias=bias)(gated)
 
 
-class Block(Part):
+class Block(LlamaPart):
     """One decoder layer, as `run_stack` wants it.
 
     ``ropes`` and ``seen`` are of every kind of layer. ``own`` are which of these is this layer's,

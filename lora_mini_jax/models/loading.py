@@ -12,17 +12,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models.arrays import read_array
 from lora_mini_jax.models.families import family_of
-from lora_mini_jax.models.family import Family, PathTuple
+from lora_mini_jax.models.family import Family
 from lora_mini_jax.models.fresh import asked, draw, lacking
 from lora_mini_jax.models.hub import read_hf, resolve
 from lora_mini_jax.models.shards import open_tensors
 from lora_mini_jax.models.tensors import DTYPES, Tensor, same
+from lora_mini_jax.tree import flatten, unflatten
 
 
 def load(
@@ -80,7 +80,7 @@ def load(
         raise UserError(f"{folder}: config.json says {layers} layers, but there are only "
                         f"{len(where)} tensors: correct it or fetch the model again")  # fmt: skip
     model = family.module(config, dtype, param_dtype, scan_layers, remat)
-    shapes = flatten_dict(family.shapes(model))
+    shapes = flatten(family.shapes(model))
     slots = {path: _slots(family, path, leaf.shape, family.depth(config, path))
              for path, leaf in shapes.items()}  # fmt: skip
     drawn = []
@@ -93,23 +93,22 @@ def load(
 
     place: Callable[[str], Any] = sharding if callable(sharding) else lambda name: sharding
     model, fresh = draw(model, family, drawn, seed)
-    flat = {path: jax.device_put(x, place("/".join(path))) for path, x in fresh.items()}
+    flat = {path: jax.device_put(x, place(path)) for path, x in fresh.items()}
     for path in read:
-        name = "/".join(path)
         flat[path] = read_array(
-            [where[tensor] for tensor in slots[path]], shapes[path], name=name,
-            stacked=family.stack in path, flipped=family.flips(path), sharding=place(name),
+            [where[tensor] for tensor in slots[path]], shapes[path], name=path,
+            stacked=family.stacked(path), flipped=family.flips(path), sharding=place(path),
         )  # fmt: skip
         if convert is not None:
-            flat[path] = convert(name, flat[path])
-    return model, unflatten_dict(flat)
+            flat[path] = convert(path, flat[path])
+    return model, unflatten(flat)
 
 
 def _slots(
-    family: Family, path: PathTuple, shape: tuple[int, ...], layers: int
+    family: Family, path: str, shape: tuple[int, ...], layers: int
 ) -> dict[str, tuple[int, ...]]:
     """The tensors of one parameter with the shape each has in the file."""
-    one = shape[1:] if family.stack in path else shape
+    one = shape[1:] if family.stacked(path) else shape
     return dict.fromkeys(family.names(path, layers), one[::-1] if family.flips(path) else one)
 
 
@@ -134,7 +133,7 @@ def _check(
     bad = [f"missing {name}" for name in expected if name not in where]
     tops = {family.top(name) for name in expected}
     for name, tensor in where.items():
-        if family.trunk and family.top(name) not in tops:
+        if family.kind == "encoder" and family.top(name) not in tops:
             continue  # another head's
         if name not in expected:
             original = family.copies.get(name)

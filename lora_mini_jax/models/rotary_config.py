@@ -3,8 +3,8 @@
 from dataclasses import MISSING, fields
 from typing import Any
 
-from lora_mini_jax.models.checks import is_real
 from lora_mini_jax.models.rotary import LinearRope, Llama3Rope, Scaling, YarnRope, temperature
+from lora_mini_jax.settings.checks import is_real
 
 SCALINGS: dict[str, type[Scaling]] = {c.kind: c for c in (LinearRope, Llama3Rope, YarnRope)}
 GLOBAL, LOCAL = "full_attention", "sliding_attention"

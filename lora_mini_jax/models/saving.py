@@ -9,14 +9,13 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import new_folder, writing
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import COMPANIONS, resolve
 from lora_mini_jax.processes import on_host, together
-from lora_mini_jax.tree import dense
+from lora_mini_jax.tree import dense, flatten
 
 
 def save(
@@ -63,10 +62,10 @@ def save(
 def _hf_tensors(model: Any, params: dict, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the file, checked against the model first."""
     family = family_of_module(model)
-    flat, shapes = flatten_dict(params), flatten_dict(family.shapes(model))
-    bad = [f"missing {'/'.join(p)}" for p in shapes if p not in flat]
-    bad += [f"extra {'/'.join(p)}" for p in flat if p not in shapes]
-    bad += [f"{'/'.join(p)} is {flat[p].shape}, not {s.shape}" for p, s in shapes.items()
+    flat, shapes = flatten(params), flatten(family.shapes(model))
+    bad = [f"missing {p}" for p in shapes if p not in flat]
+    bad += [f"extra {p}" for p in flat if p not in shapes]
+    bad += [f"{p} is {flat[p].shape}, not {s.shape}" for p, s in shapes.items()
             if p in flat and flat[p].shape != s.shape]  # fmt: skip
     if bad:
         raise UserError(f"params do not fit the model: {'; '.join(bad)}; give load's or init's")
@@ -74,5 +73,5 @@ def _hf_tensors(model: Any, params: dict, dtype: Any) -> Iterator[tuple[str, np.
         names = family.names(path, family.depth(model.config, path))
         leaf = dense(leaf)
         value = on_host(leaf if dtype is None else leaf.astype(dtype))
-        for name, one in zip(names, value if family.stack in path else [value], strict=True):
+        for name, one in zip(names, value if family.stacked(path) else [value], strict=True):
             yield name, np.ascontiguousarray(family.swapped(path, one))

@@ -12,13 +12,50 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lora_mini_jax.models.part import Part
 from lora_mini_jax.scores import Scores, score
 
 CHUNK = 256
 """Tokens of a row whose logits are in memory at a time."""
 
 
-def scored(
+def answer(
+    model: Part,
+    words: nn.Embed,
+    x: jax.Array,
+    labels: jax.Array | None,
+    cache: Any,
+    softcap: float | None = None,
+) -> Any:
+    """What a decoder returns; to be called at the end of its compact method.
+
+    Args:
+        model: the decoder, whose config says whether ``words``, its table, is its head too; else
+            it gets one, ``lm_head``.
+        x: (batch, time, width), the last hidden states.
+        labels: (batch, time) int32, or None.
+        cache: as it is after these tokens, or None.
+        softcap: logits become ``softcap * tanh(logits / softcap)``; None is no cap.
+
+    Returns:
+        `Scores` where there are labels, else logits (batch, time, vocab) float32, with the cache
+        where there is one.
+    """
+    c = model.config
+    tied = c.tie_word_embeddings
+    head = words if tied else model.linear("lm_head", c.vocab_size, bias=False)
+
+    def logits_of(head: Any, x: jax.Array) -> jax.Array:
+        logits = (head.attend(x) if tied else head(x)).astype(jnp.float32)
+        return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+    if labels is not None:
+        return _scored(head, logits_of, x, labels)
+    logits = logits_of(head, x)
+    return logits if cache is None else (logits, cache)
+
+
+def _scored(
     head: nn.Module,
     logits_of: Callable[[Any, jax.Array], jax.Array],
     x: jax.Array,

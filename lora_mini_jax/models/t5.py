@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from lora_mini_jax.models import attention
 from lora_mini_jax.models.family import Family, token_inputs
 from lora_mini_jax.models.masks import look_back
-from lora_mini_jax.models.scoring import scored
+from lora_mini_jax.models.scoring import answer
 from lora_mini_jax.models.stack import run_stack
 from lora_mini_jax.models.t5_config import T5Config
-from lora_mini_jax.models.t5_layers import Block, Part, distance_rows
+from lora_mini_jax.models.t5_layers import Block, T5Part, distance_rows
 
 
 def init_cache(config: T5Config, batch: int, length: int, dtype: Any = jnp.float32) -> dict:
@@ -34,12 +34,12 @@ def init_cache(config: T5Config, batch: int, length: int, dtype: Any = jnp.float
     return attention.init_cache(config, batch, length, dtype, config.num_decoder_layers)
 
 
-class Stack(Part):
+class Stack(T5Part):
     """The layers of one half and the norm after them."""
 
-    decoder: bool
-    scan_layers: bool
-    remat: str
+    decoder: bool = False
+    scan_layers: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x, mask, memory=None, memory_mask=None, start=0, own=(None, None)):
@@ -47,7 +47,7 @@ class Stack(Part):
         time = x.shape[1]
         keys = time if kv is None else kv[0].shape[2]
         table = self.table("relative_attention_bias", c.relative_attention_num_buckets,
-                           c.num_heads, c.d_model**-0.5, jnp.float32)  # fmt: skip
+                           c.num_heads, std=c.d_model**-0.5, dtype=jnp.float32)  # fmt: skip
         rows = distance_rows(c, not self.decoder, start, time, keys)
         bias = table(rows).transpose(2, 0, 1)[None]
         x, own = run_stack(
@@ -58,7 +58,7 @@ class Stack(Part):
         return self.norm("final_layer_norm")(x), own
 
 
-class T5(Part):
+class T5(T5Part):
     """The model: tokens that are read and tokens that were written to logits of the next one.
 
     Attributes:
@@ -71,8 +71,6 @@ class T5(Part):
             `remat.POLICIES`. Parameters are unchanged.
     """
 
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
     scan_layers: bool = False
     remat: str = "none"
 
@@ -94,8 +92,8 @@ class T5(Part):
             labels: (batch, time) int32, what is to come at each place: then `Scores` of them are
                 returned in place of logits, which are never in memory as a whole.
         """
-        c, kv, start = self.config, None, 0
-        words = self.table("shared", c.vocab_size, c.d_model, 1.0, self.dtype)
+        c, (kv, start) = self.config, attention.read_cache(cache)
+        words = self.table("shared", c.vocab_size)
         halves = self.scan_layers, self.remat
         said = (cache or {}).get("memory")
         if said is None:
@@ -105,27 +103,16 @@ class T5(Part):
             cross = None
         else:
             memory, seen, cross = None, said["mask"], (said["k"], said["v"])
-        if cache is not None:
-            kv, start = (cache["k"], cache["v"]), cache["length"]
         before = look_back(decoder_tokens, decoder_mask, cache)
         decoder = Stack(*self.args, True, *halves, name="decoder")
         x, kept = decoder(words(decoder_tokens), before, memory, seen, start, (kv, cross))
-        tied = c.tie_word_embeddings
-        head = words if tied else self.dense("lm_head", c.vocab_size, 1.0)
-
-        def logits_of(head, x):
-            return (head.attend(x * c.d_model**-0.5) if tied else head(x)).astype(jnp.float32)
-
-        if labels is not None:
-            return scored(head, logits_of, x, labels)
-        logits = logits_of(head, x)
-        if cache is None:
-            return logits
-        (k, v), (cross_k, cross_v) = kept
-        return logits, {
-            "k": k, "v": v, "segment_ids": before.slots, "length": start + decoder_tokens.shape[1],
-            "memory": {"k": cross_k, "v": cross_v, "mask": seen},
-        }  # fmt: skip
+        if c.tie_word_embeddings:
+            x = x * c.d_model**-0.5
+        if cache is not None:
+            kv, (k, v) = kept
+            cache = attention.next_cache(cache, kv, before.slots, decoder_tokens.shape[1])
+            cache |= {"memory": {"k": k, "v": v, "mask": seen}}
+        return answer(self, words, x, labels, cache)
 
 
 def _inputs() -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -137,6 +124,7 @@ FAMILY = Family(
     config=T5Config,
     module=T5,
     architectures=("T5ForConditionalGeneration", "T5WithLMHeadModel"),
+    kind="seq2seq",
     prefix="",
     stack="block",
     lists=("layer",),

@@ -5,35 +5,30 @@ from typing import Any
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models.activations import ACTIVATIONS
-from lora_mini_jax.models.checks import (
-    DEEPEST,
-    is_depth,
-    is_flag,
-    is_id,
-    is_ids,
-    is_real,
-    is_size,
-    problems,
-    read_fields,
-)
+from lora_mini_jax.models.checks import depth, read_fields, token_id, token_ids
+from lora_mini_jax.settings.checks import Joint, choice, flag, optional, positive, problems, whole
 
 GATED = "gated-"
 REQUIRED = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
 _FORWARD = tuple(prefix + name for prefix in ("", GATED) for name in ACTIVATIONS)
-_SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "relative_attention_max_distance")
 _RULES = (
-    (_SIZES, is_size, "not a whole number from 1"),
-    (("relative_attention_num_buckets",), lambda v: is_size(v, 4), "not a whole number from 4"),
-    (("num_layers",), is_depth, f"not a whole number from 1 to {DEEPEST}"),
-    (("num_decoder_layers",), lambda v: v == 0 or is_depth(v),
-     f"not a whole number from 1 to {DEEPEST}"),
-    (("layer_norm_epsilon", "initializer_factor"), is_real, "not a positive number"),
-    (("tie_word_embeddings",), is_flag, "neither true nor false"),
-    (("pad_token_id", "decoder_start_token_id"), lambda v: v is not None and is_id(v),
-     "no token id"),
-    (("eos_token_id",), is_ids, "no token id"),
-    (("feed_forward_proj",), lambda v: isinstance(v, str) and v in _FORWARD,
-     f"not supported, only {', '.join(map(repr, _FORWARD))}"),
+    whole("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "relative_attention_max_distance"),
+    whole("relative_attention_num_buckets", low=4),
+    depth("num_layers"),
+    optional(depth("num_decoder_layers"), 0),
+    positive("layer_norm_epsilon", "initializer_factor"),
+    flag("tie_word_embeddings"),
+    token_id("pad_token_id", "decoder_start_token_id"),
+    token_ids("eos_token_id"),
+    choice("feed_forward_proj", _FORWARD, "="),
+    Joint(("relative_attention_max_distance", "relative_attention_num_buckets"),
+          lambda c: c.relative_attention_max_distance > c.buckets_of_one_side,
+          "relative_attention_max_distance={c.relative_attention_max_distance} is too small for "
+          "relative_attention_num_buckets={c.relative_attention_num_buckets}"),
+    Joint(("decoder_start_token_id", "vocab_size"),
+          lambda c: c.decoder_start_token_id < c.vocab_size,
+          "decoder_start_token_id={c.decoder_start_token_id} is not below "
+          "vocab_size={c.vocab_size}"),
 )  # fmt: skip
 _PLAIN = {"model_type": "t5", "is_encoder_decoder": True}
 """What is written beside the fields."""
@@ -79,15 +74,7 @@ class T5Config:
     decoder_start_token_id: int = 0
 
     def __post_init__(self) -> None:
-        bad = problems(self, _RULES)
-        if not bad and self.relative_attention_max_distance <= self.buckets_of_one_side:
-            bad.append(f"relative_attention_max_distance={self.relative_attention_max_distance} is "
-                       "too small for relative_attention_num_buckets="
-                       f"{self.relative_attention_num_buckets}")  # fmt: skip
-        if not bad and self.decoder_start_token_id >= self.vocab_size:
-            bad.append(f"decoder_start_token_id={self.decoder_start_token_id} is not below "
-                       f"vocab_size={self.vocab_size}")  # fmt: skip
-        if bad:
+        if bad := problems(self, _RULES):
             raise UserError(f"T5 config: {'; '.join(bad)}; correct config.json")
         # The dataclass is frozen so that a model is hashable; this is its one moment to settle.
         object.__setattr__(self, "num_decoder_layers", self.num_decoder_layers or self.num_layers)
@@ -97,6 +84,13 @@ class T5Config:
         """How many distances at most have a bucket of their own: the decoder's, which looks back
         only."""
         return self.relative_attention_num_buckets // 2
+
+    # What other models' parts and the decoding call these things.
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the model."""
+        return self.d_model
 
     @property
     def num_hidden_layers(self) -> int:
@@ -119,7 +113,7 @@ class T5Config:
         return self.feed_forward_proj.startswith(GATED)
 
     @property
-    def activation(self) -> str:
+    def hidden_act(self) -> str:
         """The activation of the feed-forward, a key of `ACTIVATIONS`."""
         name = self.feed_forward_proj.removeprefix(GATED)
         return "gelu_new" if self.feed_forward_proj == "gated-gelu" else name
@@ -140,7 +134,7 @@ class T5Config:
             given.setdefault("decoder_start_token_id", given["pad_token_id"])
         config = cls(**given)
         # Transformers writes these two as well, and where they are there goes by them.
-        says = {"dense_act_fn": config.activation, "is_gated_act": config.gated}
+        says = {"dense_act_fn": config.hidden_act, "is_gated_act": config.gated}
         bad = [f"{name} {hf[name]!r}" for name, v in says.items() if hf.get(name) not in (None, v)]
         if bad:
             raise UserError(f"T5 config: {', '.join(bad)} contradicts feed_forward_proj "

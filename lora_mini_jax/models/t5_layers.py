@@ -11,47 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_mini_jax.models.activations import ACTIVATIONS
 from lora_mini_jax.models.attention import attend, update_cache
 from lora_mini_jax.models.norms import RMSNorm
+from lora_mini_jax.models.part import Part
 from lora_mini_jax.models.t5_config import T5Config
 
 
-class Part(nn.Module):
-    """A piece of the model: its config, its dtypes, and what all pieces are made of."""
-
-    config: T5Config
-    dtype: Any
-    param_dtype: Any
-
-    @property
-    def args(self) -> tuple[T5Config, Any, Any]:
-        """What a piece of this piece is made with."""
-        return self.config, self.dtype, self.param_dtype
+class T5Part(Part):
+    """A `Part` with T5's norms and initialisers."""
 
     @nn.nowrap
-    def spread(self, std: float) -> Any:
-        """The initialiser of this spread, times the config's factor."""
-        return nn.initializers.normal(self.config.initializer_factor * std)
+    def initializer(self, std: float | None) -> Any:
+        """Normal, with a standard deviation that is the config's factor unless one is given, which
+        it multiplies."""
+        return nn.initializers.normal(self.config.initializer_factor * (std or 1.0))
 
     @nn.nowrap
-    def dense(self, name: str, features: int, std: float) -> nn.Dense:
-        """A projection without a bias."""
-        return nn.Dense(
-            features, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype,
-            kernel_init=self.spread(std), name=name,
-        )  # fmt: skip
-
-    @nn.nowrap
-    def table(self, name: str, rows: int, features: int, std: float, dtype: Any) -> nn.Embed:
-        """A table of rows, looked up in ``dtype``."""
-        return nn.Embed(
-            rows, features, dtype=dtype, param_dtype=self.param_dtype,
-            embedding_init=self.spread(std), name=name,
-        )  # fmt: skip
-
-    @nn.nowrap
-    def norm(self, name: str) -> RMSNorm:
+    def norm(self, name: str | None) -> RMSNorm:
         """A norm without a mean."""
         return RMSNorm(self.config.layer_norm_epsilon, self.dtype, self.param_dtype, name=name)
 
@@ -93,7 +69,7 @@ def distance_rows(config: T5Config, both_ways: bool, start: Any, time: int, keys
     return row + count * (ahead > 0) if both_ways else row
 
 
-class Attention(Part):
+class Attention(T5Part):
     """Attention without a scale: of ``x`` to ``source``, or to ``kv``, what it was projected to."""
 
     @nn.compact
@@ -102,7 +78,7 @@ class Attention(Part):
         inner = c.num_heads * c.d_kv
 
         def heads(name: str, of: jax.Array, std: float) -> jax.Array:
-            return self.dense(name, inner, std)(of).reshape(*of.shape[:2], c.num_heads, c.d_kv)
+            return self.heads(self.linear(name, inner, bias=False, std=std)(of))
 
         q = heads("q", x, (c.d_model * c.d_kv) ** -0.5)
         if source is not None:
@@ -110,10 +86,10 @@ class Attention(Part):
             kv = new if kv is None else update_cache(kv, *new, start)
         k, v = (stored.astype(q.dtype) for stored in kv)
         out = attend(q, k, v, mask, scale=1.0, bias=bias).reshape(*x.shape[:2], inner)
-        return self.dense("o", c.d_model, inner**-0.5)(out), kv
+        return self.linear("o", c.d_model, bias=False, std=inner**-0.5)(out), kv
 
 
-class SelfLayer(Part):
+class SelfLayer(T5Part):
     """A norm, attention of the tokens to each other, and what it adds."""
 
     @nn.compact
@@ -123,7 +99,7 @@ class SelfLayer(Part):
         return x + y, kv
 
 
-class CrossLayer(Part):
+class CrossLayer(T5Part):
     """The same to what the encoder gave; ``kv`` is that in an earlier call."""
 
     @nn.compact
@@ -133,7 +109,7 @@ class CrossLayer(Part):
         return x + y, kv
 
 
-class FeedForward(Part):
+class FeedForward(T5Part):
     """``wo(act(wi(x)))``, or gated ``wo(act(wi_0(x)) * wi_1(x))``."""
 
     @nn.compact
@@ -141,14 +117,14 @@ class FeedForward(Part):
         c = self.config
 
         def wide(name: str) -> jax.Array:
-            return self.dense(name, c.d_ff, c.d_model**-0.5)(x)
+            return self.linear(name, c.d_ff, bias=False, std=c.d_model**-0.5)(x)
 
-        y = ACTIVATIONS[c.activation](wide("wi_0" if c.gated else "wi"))
+        y = self.activate(wide("wi_0" if c.gated else "wi"))
         y = y * wide("wi_1") if c.gated else y
-        return self.dense("wo", c.d_model, c.d_ff**-0.5)(y)
+        return self.linear("wo", c.d_model, bias=False, std=c.d_ff**-0.5)(y)
 
 
-class ForwardLayer(Part):
+class ForwardLayer(T5Part):
     """A norm, the feed-forward, and what it adds."""
 
     @nn.compact
@@ -157,10 +133,10 @@ class ForwardLayer(Part):
         return x + FeedForward(*self.args, name="DenseReluDense")(y)
 
 
-class Block(Part):
+class Block(T5Part):
     """One layer of either half, as `run_stack` wants it; ``own`` is what it has in the cache."""
 
-    decoder: bool
+    decoder: bool = False
 
     @nn.compact
     def __call__(self, x, mask, bias, start, memory, memory_mask, own):
