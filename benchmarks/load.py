@@ -61,14 +61,14 @@ def room(place: Path, gigabytes: float) -> str | None:
 def write_random(folder: Path, config: LlamaConfig = SHAPE, files: int = 4) -> None:
     """A model of random bfloat16 numbers, in shards."""
     import jax.numpy as jnp
-    from flax.traverse_util import flatten_dict
     from safetensors.numpy import save_file
 
     from lora_mini_jax.models.llama import FAMILY, Llama
+    from lora_mini_jax.tree import flatten
 
     folder.mkdir(parents=True)
     slots: dict[str, tuple[int, ...]] = {}
-    for path, leaf in flatten_dict(FAMILY.shapes(Llama(config))).items():
+    for path, leaf in flatten(FAMILY.shapes(Llama(config))).items():
         shape = leaf.shape[::-1] if FAMILY.flips(path) else leaf.shape
         slots |= dict.fromkeys(FAMILY.names(path, config.num_hidden_layers), shape)
     noise = np.random.default_rng(0).normal(size=1 << 20).astype(jnp.bfloat16)

@@ -23,11 +23,6 @@ def token_inputs() -> tuple[jax.ShapeDtypeStruct, ...]:
     return (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
 
 
-def _joined(path: str | tuple[str, ...]) -> str:
-    # peft.names and the benchmark of loading have a path's parts.
-    return path if isinstance(path, str) else "/".join(path)
-
-
 def first(path: str) -> str:
     """The top module of a parameter: ``"encoder"`` or ``"classifier"``."""
     return path.split("/")[0]
@@ -80,15 +75,15 @@ class Family:
     trunk: tuple[str, ...] = ()
     inputs: Callable[[], tuple[jax.ShapeDtypeStruct, ...]] = token_inputs
 
-    def depth(self, config: Any, path: str | tuple[str, ...]) -> int:
+    def depth(self, config: Any, path: str) -> int:
         """How many layers are in the stack that a parameter belongs to."""
-        return getattr(config, self.depths.get(first(_joined(path)), "num_hidden_layers"))
+        return getattr(config, self.depths.get(first(path), "num_hidden_layers"))
 
     def stacked(self, path: str) -> bool:
         """Whether a parameter is that of all layers, along its first axis."""
         return self.stack in path.split("/")
 
-    def names(self, path: str | tuple[str, ...], layers: int) -> list[str]:
+    def names(self, path: str, layers: int) -> list[str]:
         """The tensors that make one parameter: one, or one a layer where it is stacked.
 
         Example:
@@ -98,7 +93,6 @@ class Family:
             >>> FAMILY.names("layers/input_layernorm/scale", layers=2)
             ['model.layers.0.input_layernorm.weight', 'model.layers.1.input_layernorm.weight']
         """
-        path = _joined(path)
         module, _, leaf = path.rpartition("/")
         prefix = "" if first(path) in self.bare else self.prefix
         lists = "|".join((self.stack, *self.lists))
@@ -132,9 +126,8 @@ class Family:
         """A parameter in the file's layout, or the other way round: its own inverse."""
         return value.swapaxes(-1, -2) if self.flips(path) else value
 
-    def flips(self, path: str | tuple[str, ...]) -> bool:
+    def flips(self, path: str) -> bool:
         """Whether the file has the axes of a parameter the other way round."""
-        path = _joined(path)
         kept = self.keeps_layout and first(path) not in self.bare
         return path.endswith("/kernel") and not kept
 

@@ -21,16 +21,15 @@ class ModelNames:
 
     Attributes:
         family: what is known of its kind, a `models.family.Family`.
-        depth: how many layers are in the stack of a parameter, by its path's parts.
+        depth: how many layers are in the stack of a parameter, by its path.
     """
 
     family: Any
-    depth: Callable[[tuple[str, ...]], int]
+    depth: Callable[[str], int]
 
     def __call__(self, path: str) -> list[str]:
         """The tensors of a parameter."""
-        parts = tuple(path.split("/"))
-        return self.family.names(parts, self.depth(parts))
+        return self.family.names(path, self.depth(path))
 
     @property
     def keeps_layout(self) -> bool:
