@@ -14,8 +14,8 @@ from lora_mini_jax.files import check_replaceable
 from lora_mini_jax.generation.generate import generate
 from lora_mini_jax.models import load
 from lora_mini_jax.models import save as save_model
+from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import load_module, resolve
-from lora_mini_jax.models.t5 import T5
 from lora_mini_jax.options import BASE, Export, Generate, Merge
 from lora_mini_jax.peft import config, tensors
 from lora_mini_jax.runs.run import Log
@@ -30,7 +30,7 @@ def run_generate(options: Generate, say: Log = print) -> list[str]:
     """
     trained = Trained.read(options.adapter, options.model) if options.adapter else None
     folder = trained.base_folder if trained else resolve(options.model or BASE)
-    answers = type(load_module(folder)) is T5
+    answers = family_of_module(load_module(folder)).kind == "seq2seq"
     if answers and options.chat:
         raise UserError(
             "--chat is for decoders with a chat template, and a T5 has none: leave it out"
@@ -102,4 +102,4 @@ def _task_type(model: Any, trained: Trained) -> str:
     """What PEFT calls the task of a model with this adapter."""
     if trained.head is not None:
         return "SEQ_CLS"
-    return "SEQ_2_SEQ_LM" if type(model) is T5 else "CAUSAL_LM"
+    return "SEQ_2_SEQ_LM" if family_of_module(model).kind == "seq2seq" else "CAUSAL_LM"

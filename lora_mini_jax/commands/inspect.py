@@ -88,14 +88,14 @@ def row_length(asked: int | None, model: Any) -> int:
     ends = hasattr(config, "max_position_embeddings")  # a T5's positions do not
     if asked is None:
         return min(LENGTH, config.max_position_embeddings) if ends else LENGTH
-    if ends and not family_of_module(model).trunk:
+    if ends and family_of_module(model).kind != "encoder":
         check_length(asked, config)
     return asked
 
 
 def without_head(model: Any) -> Any:
     """An encoder without the head that its ``config.json`` names; every other model as it is."""
-    if not family_of_module(model).trunk:
+    if family_of_module(model).kind != "encoder":
         return model
     return model.clone(config=replace(model.config, task=None))
 

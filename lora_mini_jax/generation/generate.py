@@ -9,12 +9,12 @@ import numpy as np
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.generation import decoder, seq2seq
 from lora_mini_jax.generation.sampling import sampling, wrong_settings
-from lora_mini_jax.models.families import DECODERS
-from lora_mini_jax.models.t5 import T5
+from lora_mini_jax.models.families import FAMILIES
 from lora_mini_jax.processes import on_host
 
 _BUCKET = 32  # prompts are padded to a multiple, so that a few programs serve every length
-_DECODES = {**{family.module: decoder.decode for family in DECODERS}, T5: seq2seq.decode}
+_DECODES = {"decoder": decoder.decode, "seq2seq": seq2seq.decode}
+_WRITERS = {each.module: _DECODES[each.kind] for each in FAMILIES if each.kind in _DECODES}
 
 
 def generate(
@@ -62,9 +62,10 @@ def generate(
         >>> [len(text) for text in texts]
         [3, 3]
     """
-    if type(model) not in _DECODES:
-        raise UserError(f"cannot generate with a {type(model).__name__}: give a model that load "
-                        f"reads, {' or '.join(each.__name__ for each in _DECODES)}")  # fmt: skip
+    if type(model) not in _WRITERS:
+        raise UserError(f"cannot generate with a {type(model).__name__}: give a model that writes "
+                        f"text, {' or '.join(each.__name__ for each in _WRITERS)}; for classes and "
+                        "numbers of texts there is lora-mini predict")  # fmt: skip
     rows = [np.asarray(prompt) for prompt in prompts]
     bad = _wrong_rows(model.config, rows, max_new_tokens) + wrong_settings(temperature, top_p)
     if bad:
@@ -73,7 +74,7 @@ def generate(
         return []
     ends, how = _end_ids(model.config, eos_id), sampling(temperature, top_p, seed)
     given = params, adapter, *_padded(rows), ends, how
-    out = on_host(_DECODES[type(model)](model, max_new_tokens, *given))
+    out = on_host(_WRITERS[type(model)](model, max_new_tokens, *given))
     return [[int(token) for token in row if token >= 0] for row in out]
 
 

@@ -59,7 +59,7 @@ def names_of(model: Any) -> ModelNames:
         raise UserError(
             f"{error}; give names, a function from a parameter's path to its names"
         ) from None
-    if family.trunk and model.config.task is None:
+    if family.kind == "encoder" and model.config.task is None:
         family = replace(family, prefix="", copies={})
     return ModelNames(family, lambda path: family.depth(model.config, path))
 

@@ -45,8 +45,8 @@ class Head:
         """
         hf = read_hf(folder)
         family = family_of(hf, any_head=True)
-        if not family.trunk:
-            known = (f.module.__name__ for f in FAMILIES if f.trunk)
+        if family.kind != "encoder":
+            known = (f.module.__name__ for f in FAMILIES if f.kind == "encoder")
             raise UserError(f"{folder} holds a {family.module.__name__}, which has no head for "
                             f"{self.task}: give an encoder, one of {', '.join(known)}")  # fmt: skip
         return family.module(

@@ -1,8 +1,8 @@
 """Which kind of task a run's options name."""
 
 from lora_mini_jax.adapters.sites import Site
+from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import load_module
-from lora_mini_jax.models.t5 import T5
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.tasks.label import LabelTask
 from lora_mini_jax.tasks.language import LanguageTask
@@ -14,7 +14,8 @@ def kind_of(options: Finetune) -> type[Task]:
     """The class of the task; what a model reads and writes shows in its ``config.json``."""
     if options.task != "language":
         return LabelTask
-    return Seq2SeqTask if type(load_module(options.model)) is T5 else LanguageTask
+    kind = family_of_module(load_module(options.model)).kind
+    return Seq2SeqTask if kind == "seq2seq" else LanguageTask
 
 
 def prepare(options: Finetune) -> Task:
