@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import inspect
 import io
 import os
 import sys
@@ -58,6 +59,9 @@ ABOUT = (
 )
 """What ``lora-mini --help`` begins with; the option parser does not wrap it."""
 
+CONFIG = "--config FILE gives defaults for these options: JSON, such as the config.json of a run."
+"""What the help of every command ends its beginning with; see `words.take_config`."""
+
 GO_ON = ("finetune", "compare", "pretrain", "demo")
 """The commands that leave checkpoints."""
 
@@ -107,11 +111,14 @@ def parse(argv: list[str]) -> Any:
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr), defaults_in_words():
-            if default is None:
+            if cls is None:
                 return tyro.extras.subcommand_cli_from_dict(
                     OPTIONS, args=argv, prog="lora-mini", description=ABOUT
                 )
-            return tyro.cli(cls, args=argv[1:], default=default, prog=f"lora-mini {command}")
+            given: dict[str, Any] = {} if default is None else {"default": default}
+            about = f"{inspect.getdoc(cls)}\n{CONFIG}"
+            prog = f"lora-mini {command}"
+            return tyro.cli(cls, args=argv[1:], prog=prog, description=about, **given)
     except SystemExit as stop:
         if not stop.code:
             raise

@@ -159,7 +159,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
     """Read a JSON file that holds an object; errors as `read_json`."""
     value = read_json(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds {type(value).__name__}, not a JSON object: fetch it again")
+        raise UserError(f"{path} holds a {type(value).__name__}, not a JSON object, {{...}}")
     return value
 
 

@@ -473,7 +473,7 @@ def test_overlong_examples() -> None:
         ({"a": "x"}, Fields(prompt_field="a", completion_field="c"), ["'c'", "its fields: a"]),
         ({"text": "x"}, Fields(messages_field="talk"), ["'talk'", "its fields: text"]),
         ({"text": 3.5}, Fields(), ["'text'", "3.5"]),
-        ({"text": None}, Fields(), ["'text'", "None"]),
+        ({"text": None}, Fields(), ["'text'", "null"]),
         ({"text": ["x\ny"]}, Fields(), ["'text'"]),
         ({"text": "half \ud800"}, Fields(), ["'text'", "Unicode"]),
     ],

@@ -304,6 +304,30 @@ def test_an_adapter_of_language_does_not_predict(finished, place, tmp_path):
         run_predict(Predict(str(tmp_path / "damaged"), given.data, str(tmp_path / "out.jsonl")))
 
 
+def test_predictions_replace_predictions_and_nothing_else(finished, place, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    write_rows(data, [{"a": "word " * 200, "b": "word"}])
+    argv = ["predict", "--adapter", str(place / "run" / "adapter"), "--data", str(data), "--output"]
+    adapter = place / "run" / "adapter"
+    for taken in (adapter / "adapter.json", adapter / "adapter.safetensors", data):
+        before = taken.read_bytes()
+        with pytest.raises(SystemExit):
+            main([*argv, str(taken)])
+        assert taken.read_bytes() == before
+    for _ in range(2):
+        main([*argv, str(tmp_path / "out.jsonl")])
+    assert len(lines(tmp_path / "out.jsonl")) == 1
+    assert "1 texts were cut at" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*argv, str(tmp_path / "out.jsonl"), "--split", "valid"])
+    write_rows(data, [{"question": "a"}])
+    with pytest.raises(SystemExit):
+        main([*argv, str(tmp_path / "out.jsonl")])
+    said = capsys.readouterr().err
+    assert "is for data that has splits" in said
+    assert "has no field a, b, only question: name the fields as in the adapter's training" in said
+
+
 @pytest.mark.parametrize(
     ("output", "said"),
     [

@@ -74,6 +74,10 @@ def plan(
                             "by name, {'rank': 4}")  # fmt: skip
         if not any(matches(t, pattern) for t in targets):
             raise UserError(f"override {pattern!r} matches no kernel; {listing(targets)}")
+        try:
+            method.with_settings(settings)
+        except UserError as error:
+            raise UserError(f"override {pattern!r}: {error}") from None
     sites = []
     for target in targets:
         changed: dict[str, Any] = {}

@@ -35,10 +35,17 @@ def run_predict(options: Predict, say: Log = print) -> list[dict[str, Any]]:
         raise UserError(f"{options.adapter} was trained for language: give an adapter of finetune "
                         "--task classification or regression, or use generate")  # fmt: skip
     tokenizer = load_tokenizer(trained.base_folder)
+    if options.split != Predict.split and Path(options.data).expanduser().is_file():
+        raise UserError(f"--split {options.split} is for data that has splits, and {options.data} "
+                        "is a file: leave it out")  # fmt: skip
     records = read_records(options.data, split=options.split)
+    if missing := [field for field in head.text_fields if field not in records[0]]:
+        raise UserError(f"{options.data} has no field {', '.join(missing)}, only "
+                        f"{', '.join(map(str, records[0]))}: name the fields as in the adapter's "
+                        f"training, {', '.join(head.text_fields)}")  # fmt: skip
     module = head.module(trained.base_folder)
     unknown = np.zeros(len(records), np.int32)
-    rows, _ = encode(records, unknown, head, module.config, tokenizer, options.data)  # type: ignore[attr-defined]
+    rows, cut = encode(records, unknown, head, module.config, tokenizer, options.data)  # type: ignore[attr-defined]
     check_rows(module, tokenizer, rows)
     model, params, adapter = trained.load(options.allow_different_base)
     batches = Batches(rows, options.batch_size, seed=0)
@@ -48,6 +55,8 @@ def run_predict(options: Predict, say: Log = print) -> list[dict[str, Any]]:
     kept = np.concatenate(jax.device_get(logits))[: len(records)]
     lines = [{"index": i, **prediction(head, row)} for i, row in enumerate(kept)]
     write_text(options.output, "".join(f"{json.dumps(line)}\n" for line in lines))
+    if cut:
+        say(f"{cut} texts were cut at {head.max_length} tokens")
     say(f"{len(lines)} predictions: {options.output}")
     return lines
 
@@ -62,6 +71,19 @@ def check_output(output: Path, data: Path) -> None:
         of_data = data.resolve() in (output.resolve(), *output.resolve().parents)
         if of_data and output.exists():
             raise UserError(f"--output {output} is a file of --data: name another to write to")
+        if output.exists() and not is_predictions(output):
+            raise UserError(f"--output {output} exists and holds no predictions: name another file")
+
+
+def is_predictions(path: Path) -> bool:
+    """Whether a file is empty or begins as those that are written here, and may be replaced."""
+    with path.open("rb") as file:
+        start = file.readline(10_000)
+    try:
+        first = json.loads(start or '{"index": 0}')
+    except ValueError:
+        return False
+    return isinstance(first, dict) and first.get("index") == 0
 
 
 def prediction(head: Head, logits: np.ndarray) -> dict[str, Any]:

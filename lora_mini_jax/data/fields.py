@@ -53,14 +53,23 @@ class Fields:
             )
 
     def resolved(self, record: Record) -> "Fields":
-        """These fields, with the form that ``record`` shows where none was named."""
+        """These fields, with the form that ``record`` shows where none was named.
+
+        Raises:
+            UserError: a separator for records that have nothing to separate.
+        """
         if self.text_field or self.prompt_field or self.messages_field:
-            return self
-        if "messages" in record:
-            return replace(self, messages_field="messages")
-        if "text" not in record and {"prompt", "completion"} <= record.keys():
-            return replace(self, prompt_field="prompt", completion_field="completion")
-        return replace(self, text_field="text")
+            found = self
+        elif "messages" in record:
+            found = replace(self, messages_field="messages")
+        elif "text" not in record and {"prompt", "completion"} <= record.keys():
+            found = replace(self, prompt_field="prompt", completion_field="completion")
+        else:
+            found = replace(self, text_field="text")
+        if found.prompt_field is None and self.separator != Fields.separator:
+            raise UserError(f"separator {self.separator!r} goes between prompt and completion, and "
+                            "these records have none: leave it out")  # fmt: skip
+        return found
 
 
 def strings(records: Sequence[Record], field: str, source: str, first: int = 1) -> list[str]:
@@ -78,8 +87,8 @@ def strings(records: Sequence[Record], field: str, source: str, first: int = 1) 
         if not _is_text(value):
             where = f"{source}, {place(records[number - first], number)}"
             raise UserError(
-                f"{where}: field {field!r} holds {value!r:.60}, which is no "
-                "text: write a string of valid Unicode, or leave the record out"
+                f"{where}: field {field!r} holds {'null' if value is None else repr(value):.60}, "
+                "which is no text: write a string of valid Unicode, or leave the record out"
             )
     return values
 

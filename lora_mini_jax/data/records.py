@@ -125,7 +125,8 @@ def held_out(
 
     def border() -> int:
         if records.count < 2:
-            raise UserError(f"{source} has one record: give --valid, or more data")
+            raise UserError(f"one record of {source} is read, and some are to be held out: give "
+                            "--valid, or more data")  # fmt: skip
         return records.count - max(1, round(records.count * share))
 
     def last() -> Iterator[Record]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.errors import UserError, flag
 from lora_mini_jax.settings.spec import parse_settings, to_pairs
 
 if TYPE_CHECKING:
@@ -76,9 +76,9 @@ class AdapterOptions(MethodOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.budget is not None and (self.budget < 1 or self.parsed_overrides()):
-            raise UserError("--budget must be a whole number from 1, and goes without --overrides")
         self.parsed_overrides()
+        if self.budget is not None:
+            self._check_budget(self.budget)
 
     def adapter_method(self) -> "Method":
         """The method with the given settings, and with what it does better where there is data to
@@ -86,6 +86,21 @@ class AdapterOptions(MethodOptions):
         from lora_mini_jax.methods import from_dict
 
         return from_dict({**self.parsed_settings(), "method": self.method}, with_data=True)
+
+    def _check_budget(self, budget: int) -> None:
+        """A budget chooses sizes, so that nothing else may."""
+        if budget < 1:
+            raise UserError(f"--budget {budget} is not allowed: give a whole number from 1")
+        if self.parsed_overrides():
+            raise UserError(f"--budget {budget} chooses one size for all kernels: leave out "
+                            "--overrides")  # fmt: skip
+        method = self.adapter_method()
+        method = getattr(method, "inner", method)
+        small, large = (method.sized(size, 2**20, 2**20) for size in (8, 64))
+        sizes = (n for n in method.field_names() if getattr(small, n) != getattr(large, n))
+        if chosen := sorted(self.parsed_settings().keys() & sizes):
+            raise UserError(f"--budget {budget} chooses {', '.join(map(flag, chosen))}: leave out "
+                            "the one or the other")  # fmt: skip
 
     def parsed_overrides(self) -> dict[str, dict[str, Any]]:
         """``overrides`` as a dict of dicts."""

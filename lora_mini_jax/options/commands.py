@@ -47,6 +47,10 @@ class Inspect(AdapterOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers(self, {"batch_size": COUNT, "max_length": COUNT})
+        batch = self.batch_size != Inspect.batch_size or self.max_length is not None
+        if self.config_only and batch:
+            raise UserError("--batch-size and --max-length are of the step whose FLOPs "
+                            "--config-only skips: leave out the one or the others")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Predict:
     """The texts: a file, folder or hub id, as for finetune; labels are not looked at."""
     output: str
     """The jsonl file to write: of each record its index from 0, its label and the probabilities of
-    all labels, or its value."""
+    all labels, or its value. Earlier predictions are replaced, any other file is left alone."""
     model: str | None = None
     """The base model: folder or hub id; by default the one the adapter was trained on."""
     split: str = "test"

@@ -40,9 +40,11 @@ class Compare(Finetune):
         if not self.methods or not self.seeds:
             raise UserError("--methods and --seeds need at least one each")
         check_numbers(self, {"seeds": SEED})
-        if len({*self.methods}) < len(self.methods) or len({*self.seeds}) < len(self.seeds):
-            raise UserError("--methods and --seeds say one more than once: a run that is counted "
-                            "twice makes the spread too small")  # fmt: skip
+        for name in ("methods", "seeds"):
+            given = getattr(self, name)
+            if twice := sorted({str(each) for each in given if given.count(each) > 1}):
+                raise UserError(f"--{name} says {', '.join(twice)} more than once: a run that is "
+                                "counted twice makes the spread too small")  # fmt: skip
         for spec in self.methods:  # which checks all options that the runs share
             self.run_options(spec, self.seeds[0])
         there = {n for s in self.methods for n in method_class(split_spec(s)[0]).field_names()}

@@ -45,7 +45,7 @@ def _checked(cls: Any, path: str, given: dict[str, Any]) -> tuple[dict[str, Any]
     """The values of options, as their annotations say, and those of a method's settings."""
     kinds = {field.name: field.type for field in fields(cls)}
     own = cls.setting_kinds() if issubclass(cls, MethodOptions) else {}
-    values, settings, wrong = {}, {}, []
+    values, settings, wrong, unknown = {}, {}, [], []
     for name, value in given.items():
         if name in kinds:
             try:
@@ -55,7 +55,11 @@ def _checked(cls: Any, path: str, given: dict[str, Any]) -> tuple[dict[str, Any]
         elif name in own:
             settings[name] = value
         else:
-            wrong.append(f"no such option: {name}{meant(name, {*kinds, *own})}")
+            unknown.append(f"{name}{meant(name, {*kinds, *own})}")
+    if len(unknown) > 3 and "method" in given:
+        raise UserError(f"{path} is the config of another command, with {len(unknown)} options "
+                        "that this one has not: leave those out")  # fmt: skip
+    wrong += [f"no such option: {name}" for name in unknown]
     if wrong:
         raise UserError(f"{path}: {'; '.join(wrong)}")
     return values, settings

@@ -54,6 +54,7 @@ def train(run: Run[Finetune], task: Task, steps: int) -> Row:
     folder.create(train=task.train, valid=task.valid)
     for note in task.notes:
         run.say(note)
+    run.say(f"{steps} steps of {options.batch_size} rows, {len(task.train)} in an epoch")
 
     # Training, with the held-out loss before and after.
     before = task.samples(None)
@@ -115,5 +116,4 @@ def summarize(
 
 def total_steps(options: Finetune, steps_per_epoch: int) -> int:
     """How many updates the options ask for."""
-    steps = max(1, math.ceil(options.epochs * steps_per_epoch))
-    return min(steps, options.max_steps) if options.max_steps else steps
+    return options.max_steps or max(1, math.ceil(options.epochs * steps_per_epoch))
