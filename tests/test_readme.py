@@ -48,7 +48,7 @@ def test_the_guide_goes_from_a_folder_to_a_merged_model(tmp_path, monkeypatch):
     answers = ({"question": f"What is {i} plus 1?", "answer": f" {i + 1}"} for i in range(24))
     write_text(Path("train.jsonl"), "\n".join(map(json.dumps, answers)))
     base = str(Path(lmj.__file__).parent / "base")
-    training, later = blocks("python.md")
+    training, later, own_loop = blocks("python.md")
     for shown, here in {"path/to/llama": base, "range(100)": "range(12)"}.items():
         assert shown in training
         training = training.replace(shown, here)
@@ -57,6 +57,8 @@ def test_the_guide_goes_from_a_folder_to_a_merged_model(tmp_path, monkeypatch):
     first = names["loss_fn"](names["params"], names["adapter"], names["batches"].batch(11), None)
     assert names["metrics"].loss < 0.8 * first
     exec(later, names)
+    exec(own_loop, names)
+    assert {*names["grads"]} == {*names["adapter"].trainable}
     reloaded, _ = lmj.models.load("merged")
     assert {path.name for path in Path("for-peft").iterdir()} >= {"adapter_config.json"}
     assert type(reloaded) is type(names["model"])
