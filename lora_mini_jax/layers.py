@@ -1,6 +1,7 @@
 """Which layer of the model a kernel belongs to, by its path; and a softmax over each layer."""
 
 import re
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -27,22 +28,23 @@ def place(path: str) -> tuple[str, str]:
     return "/".join(names[: layer + 1]), "/".join(names[:layer] + names[layer + 1 :])
 
 
-def softmax(scores: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def softmax(scores: dict[str, jax.Array], stacked: Collection[str]) -> dict[str, jax.Array]:
     """``N softmax`` over the ``N`` numbers that each layer has, in the arrays' own shapes.
 
     Args:
-        scores: float32 by kernel path, any shape. The first axis of an array whose path names no
-            layer counts the layers that are stacked in it.
+        scores: float32 by kernel path, any shape.
+        stacked: the paths of arrays whose first axis counts layers.
 
     Example:
-        >>> even = softmax({"layers_0/q/kernel": jnp.zeros(()), "layers_0/v/kernel": jnp.zeros(3)})
+        >>> scores = {"layers_0/q/kernel": jnp.zeros(()), "layers_0/v/kernel": jnp.zeros(3)}
+        >>> even = softmax(scores, ())
         >>> even["layers_0/v/kernel"].tolist()
         [1.0, 1.0, 1.0]
     """
     rows: dict[tuple[str, int], dict[str, jax.Array]] = {}
     for path, score in scores.items():
         row, _ = place(path)
-        layers = score.shape[0] if score.ndim and not row else 1
+        layers = score.shape[0] if path in stacked else 1
         rows.setdefault((row, layers), {})[path] = score.reshape(layers, -1)
     found = {}
     for row in rows.values():

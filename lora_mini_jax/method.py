@@ -8,7 +8,7 @@ on each other) are hooks with defaults that do nothing.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -148,10 +148,8 @@ class Method(Settings, ABC):
         raise UserError(f"{self.name} has no size to fit a budget with")
 
     def rows(self, ids: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
-        """What is added to ``kernel[ids]``, for an embedding table. Override it where the factors
-        can be indexed: this default multiplies a one-hot matrix."""
-        ids = jnp.asarray(ids, jnp.int32)
-        ids = jnp.where(ids < 0, ids + kernel.shape[0], ids)
+        """What is added to ``kernel[ids]``, for an embedding table; ``ids`` are int32, from 0.
+        Override it where the factors can be indexed: this default multiplies a one-hot matrix."""
         one_hot = jax.nn.one_hot(ids, kernel.shape[0], dtype=jnp.float32)
         return self.delta(one_hot, kernel, factors)
 
@@ -177,8 +175,9 @@ class Method(Settings, ABC):
         what is added beside it, and `merge` gives both."""
         return None
 
-    def relate(self, kernels: Kernels) -> Kernels:
-        """The factors that a call uses, where kernels depend on each other; once per call."""
+    def relate(self, kernels: Kernels, stacked: Collection[str]) -> Kernels:
+        """The factors that a call uses, where kernels depend on each other; once per call. The
+        first axis of ``stacked`` ones, by path, counts layers."""
         return kernels
 
     def penalty(self, factors: Factors) -> jax.Array | float:

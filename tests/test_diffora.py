@@ -113,7 +113,7 @@ def test_the_layer_softmax_of_stacked_and_batched_scores():
     scores = draws({"layers/q/kernel": jnp.zeros(2), "layers/heads/kernel": jnp.zeros((2, 3)),
                     "head/kernel": jnp.zeros(()), "layers_7/x": jnp.zeros((3,)),
                     "layers_7/y": jnp.zeros(())}, 1.0)  # fmt: skip
-    found = softmax(scores)
+    found = softmax(scores, ("layers/q/kernel", "layers/heads/kernel"))
     q, heads = scores["layers/q/kernel"], scores["layers/heads/kernel"]
     for i in range(2):
         row = np.exp(np.r_[float(q[i]), np.asarray(heads[i], np.float64)])
@@ -124,6 +124,10 @@ def test_the_layer_softmax_of_stacked_and_batched_scores():
     together = np.r_[np.asarray(found["layers_7/x"]), float(found["layers_7/y"])]
     np.testing.assert_allclose(together.mean(), 1, rtol=1e-6)
     assert found["layers_7/x"].shape == (3,)
+    # Heads of a model without layers are no layers, whatever their first axis counts.
+    alone = softmax({"heads/kernel": jnp.arange(3.0), "up/kernel": jnp.zeros(())}, ())
+    shares = np.exp([0.0, 1.0, 2.0, 0.0]) / np.exp([0.0, 1.0, 2.0, 0.0]).mean()
+    np.testing.assert_allclose([*alone["heads/kernel"], alone["up/kernel"]], shares, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

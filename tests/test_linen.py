@@ -23,7 +23,7 @@ from lora_mini_jax import (
     select,
     sharding,
 )
-from lora_mini_jax.methods import Full
+from lora_mini_jax.methods import Full, MiSS
 from lora_mini_jax.tree import Target, parameters
 from tests.cases import cross_entropy, draws, random_params, randomised
 
@@ -532,3 +532,13 @@ def test_a_flax_model_of_transformers_is_adapted_as_it_is(make: Any):
     state, first = step(TrainState.create(adapter, tx), params, TOKENS)
     _, second = step(state, params, TOKENS)
     assert second.loss < first.loss
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), MiSS(rank=3)], ids=lambda method: method.name)
+def test_rows_are_looked_up_by_numbers_of_any_kind(method: Any):
+    model = nn.Embed(7, 5)
+    params = random_params(model, IDS)
+    adapter = adapted(model, params, IDS, method=method)
+    merged = {"params": merge(params, adapter)}
+    for ids in (jnp.array([[-1, -7], [6, 0]]), jnp.array([6, 5], jnp.uint8)):
+        agree(linen.adapt(model)(params, adapter, ids), model.apply(merged, ids))

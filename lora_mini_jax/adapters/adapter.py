@@ -67,8 +67,9 @@ class Adapter:
         for site in self.sites:
             path = site.owner or site.target.path
             own[site.target.path] = {**self.frozen.get(path, {}), **self.trainable.get(path, {})}
+        stacked = {site.target.path for site in self.sites if site.target.stack}
         for method, group in by_method(self.sites).items():
-            own.update(method.relate({path: own[path] for path in group}))
+            own.update(method.relate({path: own[path] for path in group}, stacked))
         return own
 
     def with_trainable(self, trainable: dict[str, Factors]) -> "Adapter":

@@ -184,7 +184,9 @@ def _adapted(
     inner = replace(site.target, shape=site.target.shape[site.target.stack :], stack=0)
     method, kernel, x = site.method, inner.matrix(kernel), view.inputs
     if view.use == "rows":
-        return y + method.rows(x, kernel, factors).astype(y.dtype)
+        ids = x.astype(jnp.int32)
+        ids = jnp.where(ids < 0, ids + inner.n_in, ids)  # counted from the end, as arrays have it
+        return y + method.rows(ids, kernel, factors).astype(y.dtype)
     x = x.astype(y.dtype)
     if stream is not None:
         x = _dropped(x, method.dropout, jax.random.fold_in(as_key(stream), call))

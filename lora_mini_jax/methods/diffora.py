@@ -5,7 +5,7 @@ a selection ratio, and sharing after the choice; how it is relaxed, how the data
 shares is our reading, for there is no public code. Its search is in ``search/``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.layers import softmax
-from lora_mini_jax.method import Factors, Method
+from lora_mini_jax.method import Factors, Kernels, Method
 from lora_mini_jax.settings.checks import require_choice, require_number, require_whole
 from lora_mini_jax.tree import float32
 
@@ -106,10 +106,10 @@ class DiffoRA(Method):
             return jax.nn.sigmoid(factors[GATE])
         return factors.get(OPENING, jnp.ones_like(factors[GATE]))
 
-    def relate(self, kernels: Mapping[str, Factors]) -> Mapping[str, Factors]:
+    def relate(self, kernels: Kernels, stacked: Collection[str]) -> Kernels:
         if self.relaxation == "sigmoid":
             return kernels
-        opened = softmax({path: own[GATE] for path, own in kernels.items()})
+        opened = softmax({path: own[GATE] for path, own in kernels.items()}, stacked)
         return {path: {**own, OPENING: opened[path]} for path, own in kernels.items()}
 
     def delta(self, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:

@@ -75,8 +75,7 @@ class MiSS(Method):
     def rows(self, ids: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
         if self.mode == "bat":
             return _bat(float32(kernel), factors["D"])[ids]
-        ids = jnp.asarray(ids, jnp.int32)
-        y = factors["D"][jnp.where(ids < 0, ids + kernel.shape[0], ids) % self.rank]
+        y = factors["D"][ids % self.rank]
         return jnp.tile(y, kernel.shape[1] // y.shape[-1])
 
     def merge(self, kernel: jax.Array, factors: Factors) -> jax.Array:
