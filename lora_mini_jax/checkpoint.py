@@ -6,8 +6,9 @@ so a kill at any moment leaves the newest complete one to go on from. Training d
 the disk: a save copies the state to the host's memory, and one thread of ours writes it.
 """
 
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,22 +119,32 @@ class Checkpoints:
             return None
         self._check_run(state)
         abstract = jax.tree.map(_abstract, _saved(state))
-        try:
+        with self._reading(step):
             how = ocp.checkpoint_utils.construct_restore_args(abstract)
             tree = self._manager.restore(step, args=ocp.args.PyTreeRestore(abstract, how))
-        except Exception as error:  # Orbax and TensorStore raise a dozen kinds for a damaged file.
+        return _restored(state, dict(tree))
+
+    @contextmanager
+    def _reading(self, step: int) -> Generator[None]:
+        """Turn what Orbax and TensorStore raise for a damaged file, a dozen kinds of errors, into a
+        `UserError`."""
+        try:
+            yield
+        except Exception as error:
             raise UserError(
                 f"checkpoint {self.folder / str(step)} cannot be read ({type(error).__name__}: "
                 f"{first_line(error)}): delete that folder to go on from the one before it, or the "
                 "run folder to start again"
             ) from None
-        return _restored(state, dict(tree))
 
     def _check_run(self, state: TrainState) -> None:
         """Raise `UserError` where the newest checkpoint is of another run than the state."""
         self._known = True
         step = self.latest()
-        said = None if step is None else self._manager.metadata(step).custom_metadata
+        if step is None:
+            return
+        with self._reading(step):
+            said = self._manager.metadata(step).custom_metadata
         if said and (wrong := differences(said, identity(state))):
             raise UserError(f"checkpoint {self.folder / str(step)} is of another run: "
                             f"{'; '.join(wrong)}. Give the adapter and the optimiser that it was "

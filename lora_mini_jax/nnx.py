@@ -163,8 +163,8 @@ def adapt(model: nnx.Module, rules: Rules | None = None) -> Callable[..., Any]:
 
     Raises:
         UserError: from ``apply``: an adapted kernel that the call never used, or that ``params``
-            does not have; a model that draws random numbers without ``dropout_key`` or
-            ``variables``, for it would draw the same in every call.
+            does not have; a model that draws random numbers without ``dropout_key``, ``variables``
+            or ``mutable``, for it would draw the same in every call.
 
     Example:
         >>> from lora_mini_jax import LoRA, init
@@ -206,7 +206,7 @@ def adapt(model: nnx.Module, rules: Rules | None = None) -> Callable[..., Any]:
         watch(fresh, shapes, all_rules, add, factors)
         if dropout_key is not None:
             reseed(fresh, as_key(dropout_key))
-        elif variables is None:
+        elif variables is None and not mutable:
             refuse_to_draw(fresh)
         y = getattr(fresh, method)(*inputs, **kwargs)
         beside.check_used(sites, used)
