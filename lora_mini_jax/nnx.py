@@ -39,7 +39,13 @@ __all__ = [
 
 
 def dense_general(module: Any, method: str, args: tuple) -> View | None:
-    """The rule of ``nnx.LinearGeneral``: kernel ``(*batch, *in, *out)``."""
+    """The rule of ``nnx.LinearGeneral``: kernel ``(*batch, *in, *out)``.
+
+    Example:
+        >>> layer = nnx.LinearGeneral(8, (4, 2), rngs=nnx.Rngs(0))
+        >>> dense_general(layer, "__call__", (jax.numpy.ones((3, 8)),)).outs
+        (1, 2)
+    """
     linen = SimpleNamespace(
         features=module.out_features, axis=module.axis, batch_dims=tuple(module.batch_axis)
     )
@@ -48,7 +54,13 @@ def dense_general(module: Any, method: str, args: tuple) -> View | None:
 
 def einsum(module: Any, method: str, args: tuple, leaf: str = "kernel") -> View | None:
     """The rule of ``nnx.Einsum``: which axes contract is read off the string. For a layer like it
-    that calls its kernel ``w``: ``functools.partial(einsum, leaf="w")``."""
+    that calls its kernel ``w``: ``functools.partial(einsum, leaf="w")``.
+
+    Example:
+        >>> layer = nnx.Einsum("bd,dk->bk", (8, 4), rngs=nnx.Rngs(0))
+        >>> einsum(layer, "__call__", (jax.numpy.ones((3, 8)), None)).outs
+        (1,)
+    """
     linen = SimpleNamespace(einsum_str=module.einsum_str, shape=getattr(module, leaf).shape)
     view = views.einsum(linen, method, args)
     return view and replace(view, leaf=leaf)

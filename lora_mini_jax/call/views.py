@@ -49,17 +49,32 @@ Rule = Callable[[nn.Module, str, tuple], View | None]
 
 
 def dense(module: nn.Module, method: str, args: tuple) -> View | None:
-    """The rule of ``nn.Dense``: kernel ``(in, out)``."""
+    """The rule of ``nn.Dense``: kernel ``(in, out)``.
+
+    Example:
+        >>> dense(nn.Dense(4), "__call__", (jnp.ones((2, 8)),)).ins
+        (0,)
+    """
     return View(args[0]) if method == "__call__" else None
 
 
 def transposed_dense(module: nn.Module, method: str, args: tuple) -> View | None:
-    """The rule of a layer that stores ``(out, in)``, as GPT-2's Conv1D in transformers does."""
+    """The rule of a layer that stores ``(out, in)``, as GPT-2's Conv1D in transformers does.
+
+    Example:
+        >>> transposed_dense(nn.Dense(4), "__call__", (jnp.ones((2, 8)),)).ins
+        (1,)
+    """
     return View(args[0], ins=(1,), outs=(0,)) if method == "__call__" else None
 
 
 def dense_general(module: Any, method: str, args: tuple) -> View | None:
-    """The rule of ``nn.DenseGeneral``: kernel ``(*batch, *in, *features)``."""
+    """The rule of ``nn.DenseGeneral``: kernel ``(*batch, *in, *features)``.
+
+    Example:
+        >>> dense_general(nn.DenseGeneral((4, 2)), "__call__", (jnp.ones((3, 8)),)).outs
+        (1, 2)
+    """
     if method != "__call__":
         return None
     x = args[0]
@@ -82,6 +97,10 @@ def einsum(module: Any, method: str, args: tuple) -> View | None:
 
     ``"btd,dnh->btnh"``: d contracts, n and h are the output. ``"btnh,nhk->btnk"``: n is in all
     three, so each n has a matrix of its own (a batch axis).
+
+    Example:
+        >>> einsum(nn.Einsum((8, 4), "bd,dk->bk"), "__call__", (jnp.ones((3, 8)), None)).outs
+        (1,)
     """
     if method != "__call__":
         return None
@@ -111,7 +130,12 @@ def einsum(module: Any, method: str, args: tuple) -> View | None:
 
 
 def embed(module: nn.Module, method: str, args: tuple) -> View | None:
-    """The rule of ``nn.Embed``: rows when looking up, the transpose in ``attend``."""
+    """The rule of ``nn.Embed``: rows when looking up, the transpose in ``attend``.
+
+    Example:
+        >>> embed(nn.Embed(7, 4), "attend", (jnp.ones((3, 4)),)).use
+        'transposed'
+    """
     use = {"__call__": "rows", "attend": "transposed"}.get(method)
     return View(args[0], leaf="embedding", use=use, kind="embed") if use else None
 

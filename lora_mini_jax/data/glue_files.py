@@ -23,6 +23,13 @@ def read_glue(name: str, source: str, split: str, limit: int | None = None) -> l
 
     Raises:
         UserError: no such folder, no such files in it, or a malformed one.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "train.jsonl").write_text('{"sentence": "Yes.", "label": 1}')
+        ...     read_glue("sst2", folder, "train")
+        [{'sentence': 'Yes.', 'label': 1}]
     """
     task = TASKS[name]
     stems = ("train",) if split == "train" else task.held_out

@@ -66,6 +66,17 @@ def encode_labelled(
 
     Raises:
         UserError: a field that is missing or holds no text; no room beside the special tokens.
+
+    Example:
+        >>> import tokenizers
+        >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[CLS]": 0, "hi": 1}))
+        >>> words.post_processor = tokenizers.processors.TemplateProcessing(
+        ...     single="[CLS] $A", special_tokens=[("[CLS]", 0)])
+        >>> tokenizer = Tokenizer(words, None, None, 2, None, {})
+        >>> rows, cut = encode_labelled([{"text": "hi"}], tokenizer, ["text"], np.array([1]),
+        ...                             max_length=8)
+        >>> rows.tokens[0, :2].tolist(), rows.labels.tolist(), cut
+        ([0, 1], [1], 0)
     """
     texts = [strings(records, field, source) for field in text_fields]
     encoded = _encoded(tokenizer, texts, max_length)
@@ -160,6 +171,10 @@ def numbers(records: Sequence[Record], field: str, source: str) -> np.ndarray:
 
     Raises:
         UserError: a record with something else, or a number that is not finite.
+
+    Example:
+        >>> numbers([{"score": 1}, {"score": "2.5"}], "score", "x.jsonl")
+        array([1. , 2.5], dtype=float32)
     """
     found = []
     for i, value in enumerate(values_of(records, field, source)):

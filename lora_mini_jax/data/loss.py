@@ -47,12 +47,23 @@ def token_loss(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def next_tokens(batch: Batch) -> jax.Array:
-    """The token after each, (rows, length) int32; 0 after the last, which never counts."""
+    """The token after each, (rows, length) int32; 0 after the last, which never counts.
+
+    Example:
+        >>> next_tokens({"tokens": np.array([[5, 6, 7]])}).tolist()
+        [[6, 7, 0]]
+    """
     return jnp.pad(jnp.asarray(batch["tokens"])[:, 1:], ((0, 0), (0, 1)))
 
 
 def summed(losses: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The sum of the losses (rows, length) of `next_tokens` that count, and how many do."""
+    """The sum of the losses (rows, length) of `next_tokens` that count, and how many do.
+
+    Example:
+        >>> batch = {"loss_mask": np.array([[False, True, False]])}
+        >>> [float(n) for n in summed(jnp.array([[2.0, 3.0, 4.0]]), batch)]
+        [2.0, 1.0]
+    """
     counted = jnp.asarray(batch["loss_mask"])[:, 1:]
     # A choice and not a product: 0 * NaN is NaN.
     total = jnp.where(counted, losses[:, :-1], 0.0).sum()

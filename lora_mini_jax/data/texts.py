@@ -61,6 +61,12 @@ def hold_out(texts: Sequence[Text], share: float) -> tuple[list[Text], list[Text
 
     Raises:
         UserError: fewer than two files, or a share that leaves none to train on or to hold out.
+
+    Example:
+        >>> texts = [Text(f"{i}.py", Path(f"{i}.py")) for i in range(10)]
+        >>> train, held_out = hold_out(texts, 0.2)
+        >>> len(train), len(held_out)
+        (8, 2)
     """
     if not share > 0:
         raise UserError(
@@ -85,6 +91,15 @@ def encode_texts(texts: Sequence[Text], tokenizer: Tokenizer, length: int) -> li
 
     Raises:
         UserError: a length below 2, a file that cannot be read or is not UTF-8, or no text at all.
+
+    Example:
+        >>> import tempfile, tokenizers
+        >>> words = tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a")
+        >>> tokenizer = Tokenizer(tokenizers.Tokenizer(words), None, 0, 2, None, {})
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        ...     _ = file.write("b"), file.flush()
+        ...     encode_texts([Text("b.txt", Path(file.name))], tokenizer, 8)
+        [Example(tokens=array([1, 0], dtype=int32), loss_mask=array([False,  True]))]
     """
     if length < 2:
         raise UserError(f"max_length {length} is not allowed: give a whole number from 2")
@@ -96,7 +111,13 @@ def encode_texts(texts: Sequence[Text], tokenizer: Tokenizer, length: int) -> li
 
 
 def thinned(examples: Sequence[Example], tokens: int | None) -> list[Example]:
-    """About ``tokens`` tokens of the examples, evenly spread over them; all where it is None."""
+    """About ``tokens`` tokens of the examples, evenly spread over them; all where it is None.
+
+    Example:
+        >>> ten = [Example([i, i], [False, True]) for i in range(10)]
+        >>> [example.tokens[0] for example in thinned(ten, 4)]
+        [0, 5]
+    """
     total = sum(len(example.tokens) for example in examples)
     if tokens is None or tokens >= total:
         return list(examples)

@@ -17,6 +17,8 @@ Example:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save(f"{folder}/mine", adapter, params, names=names_of(model))   # for peft, vLLM, ...
     ...     back = load(f"{folder}/mine", params, targets, names=names_of(model))
+    >>> convert(adapter, params, names=names_of(model))[1]["r"]                   # the config
+    2
     >>> [site.target.path for site in back.sites] == [site.target.path for site in adapter.sites]
     True
 """
