@@ -22,7 +22,7 @@ from benchmarks.llama import drawn, llama
 from benchmarks.row import Options
 from lora_mini_jax import LoRAMini, TrainState, linen, make_train_step, select, sharding
 from lora_mini_jax.adapters.adapter import draw
-from lora_mini_jax.adapters.sites import plan
+from lora_mini_jax.adapters.sites import plan_sites
 from lora_mini_jax.files import write_json
 from lora_mini_jax.forecast.footprint import footprint
 
@@ -63,7 +63,7 @@ def parts(method: Any, dtype: Any) -> tuple[Any, Any, Any, Any]:
     def loss(params: Any, adapter: Any, batch: Any, key: Any) -> Any:
         return apply(params, adapter, batch, labels=jnp.roll(batch, -1, 1)).losses.mean()
 
-    return shapes, kernels, plan(method, select(kernels, "all-linear")), loss
+    return shapes, kernels, plan_sites(method, select(kernels, "all-linear")), loss
 
 
 def taken(method: Any, dtype: Any, tokens: jax.Array) -> Row:

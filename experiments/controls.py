@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from lora_mini_jax.adapters.adapter import Adapter
-from lora_mini_jax.adapters.sites import Site, check
+from lora_mini_jax.adapters.sites import Site, check_sites
 from lora_mini_jax.algebra.draws import as_key
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.search.choice import gated
@@ -79,7 +79,7 @@ def at_budget(sites: Iterable[Site], budget: int) -> tuple[Site, ...]:
         more = _at_rank(site, rank + 1)
         if (extra := more.n_trainable - site.n_trainable) <= left:
             found[i], left = more, left - extra
-    check(found)
+    check_sites(found)
     return tuple(found)
 
 

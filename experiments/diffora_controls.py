@@ -26,7 +26,7 @@ import tyro
 
 from experiments.controls import at_budget, by_gradient_norm, random_choice
 from lora_mini_jax.adapters.adapter import Adapter, count, draw
-from lora_mini_jax.adapters.sites import Site, plan
+from lora_mini_jax.adapters.sites import Site, plan_sites
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import read_json, write_json, write_text
 from lora_mini_jax.methods import DiffoRA, LoRA
@@ -116,7 +116,7 @@ class Seed:
         self.options, self.seed, self.given = options, seed, options.run(seed)
         self.task: Task = prepare(self.given)
         targets = [site.target for site in self.task.sites]
-        self.gated = draw(self.task.params, plan(options.method, targets), seed)
+        self.gated = draw(self.task.params, plan_sites(options.method, targets), seed)
         self.evaluate = make_evaluate(self.task)
 
     def measure(self, name: str, searched: dict[str, Any]) -> dict[str, Any]:

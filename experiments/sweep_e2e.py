@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from experiments.e2e_task import Losses, Task, TaskOptions
-from lora_mini_jax.adapters.sites import Site, plan
+from lora_mini_jax.adapters.sites import Site, plan_sites
 from lora_mini_jax.files import read_json, write_json
 from lora_mini_jax.methods import from_dict
 from lora_mini_jax.selection import select
@@ -69,7 +69,7 @@ class Configuration:
             if self.method["method"] == "lora-mini-diag":
                 limits = {"rank": min(n_in, n_out)}
             sides = {s: min(n, self.method[s]) for s, n in limits.items() if s in self.method}
-            found += plan(from_dict({**self.method, **sides}), [target])
+            found += plan_sites(from_dict({**self.method, **sides}), [target])
         return tuple(found)
 
 

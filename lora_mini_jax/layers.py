@@ -1,7 +1,8 @@
-"""Which layer of the model a kernel belongs to, by its path; and a softmax over each layer."""
+"""Which layer of the model a kernel belongs to, by its path; a softmax over each layer; and many
+paths in few words."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -55,3 +56,19 @@ def softmax(scores: dict[str, jax.Array], stacked: Collection[str]) -> dict[str,
         for path, share in zip(row, jnp.split(shares, ends, axis=1), strict=True):
             found[path] = share.reshape(scores[path].shape)
     return found
+
+
+def brief(lines: Iterable[str], between: str = ", ", most: int = 16) -> str:
+    """Paths, or what is said of some, in few words: those that differ in the number of a layer
+    alone as one, and no more than ``most``.
+
+    Example:
+        >>> brief(["layers_0/up/kernel", "layers_0/down/kernel", "layers_1/up/kernel"])
+        'layers_*/up/kernel, layers_0/down/kernel'
+    """
+    alike: dict[str, list[str]] = {}
+    for line in lines:
+        alike.setdefault(re.sub(r"(?<=_)\d+(?=/)", "*", line), []).append(line)
+    said = [name if len(same) > 1 else same[0] for name, same in alike.items()]
+    more = f" and {len(said) - most} more" if len(said) > most else ""
+    return between.join(said[:most]) + more

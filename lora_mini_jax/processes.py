@@ -79,7 +79,7 @@ def on_host(tree: Any) -> Any:
     return jax.tree.map(gathered, tree)
 
 
-def placed(
+def shard_rows(
     shapes: Mapping[str, tuple[int, ...]],
     sharding: jax.sharding.Sharding,
     read: Callable[[slice], Mapping[str, np.ndarray]],

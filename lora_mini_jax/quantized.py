@@ -13,7 +13,7 @@ Imported at the first use of ``lora_mini_jax.quantized``.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,10 @@ from flax.core import meta
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.selection import select
+from lora_mini_jax.settings.checks import require_choice
+from lora_mini_jax.settings.choices import Bits
 from lora_mini_jax.tree import Target, check_fit, flatten, unflatten
 
-Bits = Literal["int8", "nf4"]
-"""``"int8"``: one scale for each column. ``"nf4"``: QLoRA's four bits (arXiv 2305.14314), one
-scale for each 64 entries of a column, or fewer where 64 does not divide it."""
 _TILE = 64
 
 
@@ -130,8 +129,7 @@ def quantized(kernel: jax.Array, target: Target, bits: Bits) -> Quantized:
         import qwix
     except ImportError:
         raise UserError("quantised kernels need qwix: pip install qwix") from None
-    if bits not in ("int8", "nf4"):
-        raise UserError(f"{bits!r} is not allowed: give int8 or nf4")
+    require_choice("bits", bits, Bits)
     ins = [target.stack + axis for axis in target.ins]
     channels = [axis for axis in range(kernel.ndim) if axis not in ins]
     tiles = {}

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.layers import brief
 from lora_mini_jax.tree import Target
 
 # What "all-linear" leaves alone: output heads, by the names model authors give them.
@@ -81,22 +82,6 @@ def matches(target: Target, pattern: str | Sequence[str]) -> bool:
 def listing(targets: Iterable[Target]) -> str:
     """The end of an error message: which kernels there are."""
     return f"the kernels are: {brief(t.path for t in targets) or 'none'}"
-
-
-def brief(lines: Iterable[str], between: str = ", ", most: int = 16) -> str:
-    """Paths, or what is said of some, in few words: those that differ in the number of a layer
-    alone as one, and no more than ``most``.
-
-    Example:
-        >>> brief(["layers_0/up/kernel", "layers_0/down/kernel", "layers_1/up/kernel"])
-        'layers_*/up/kernel, layers_0/down/kernel'
-    """
-    alike: dict[str, list[str]] = {}
-    for line in lines:
-        alike.setdefault(re.sub(r"(?<=_)\d+(?=/)", "*", line), []).append(line)
-    said = [name if len(same) > 1 else same[0] for name, same in alike.items()]
-    more = f" and {len(said) - most} more" if len(said) > most else ""
-    return between.join(said[:most]) + more
 
 
 def _require_hits(targets: tuple[Target, ...], pattern: str | Sequence[str]) -> None:

@@ -161,7 +161,7 @@ def check_rows(mesh: Mesh, batch_size: int) -> None:
         )
 
 
-def settled(mesh: Mesh, tree: Any) -> Any:
+def put_on_mesh(mesh: Mesh, tree: Any) -> Any:
     """The tree on the mesh: leaves that are not there yet, such as an optimiser's counters, are
     put on every device."""
     whole = NamedSharding(mesh, PartitionSpec())

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.layers import brief
 
 SLASH = "%2F"
 
@@ -184,7 +185,7 @@ def check_fit(params: Mapping[str, Any], targets: Iterable[Target]) -> None:
             wrong.append(f"{target.path} is {tuple(flat[target.path].shape)}, not {target.shape}")
     if wrong:
         raise UserError(
-            f"the adapter does not fit these parameters: {'; '.join(wrong)}. "
+            f"the adapter does not fit these parameters: {brief(wrong, '; ')}. "
             "Use the model it was made for, or make a new adapter"
         )
 

@@ -506,7 +506,7 @@ def test_contradicting_fields(given: dict[str, str]) -> None:
 
 
 def test_nothing_to_encode() -> None:
-    for records, length, word in ([], 9, "no records"), ([{"text": "x"}], 1, "max_length 1"):
+    for records, length, word in ([], 9, "no records"), ([{"text": "x"}], 1, "max_length is 1"):
         with pytest.raises(UserError) as error:
             encode_records(records, character_tokenizer(), Fields(), max_length=length)
         one_line_error(error, word)

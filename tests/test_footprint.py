@@ -29,7 +29,7 @@ def test_bytes_of_arguments_and_exchanges_are_those_of_the_real_step(method: Any
     loss = loss_of(model, params)
     found = footprint(loss, tx, adapter.sites, targets, *shapes, mesh, has_aux=True)
 
-    state = sharding.settled(mesh, TrainState.create(adapter, tx))
+    state = sharding.put_on_mesh(mesh, TrainState.create(adapter, tx))
     step: Any = make_train_step(loss, tx, has_aux=True, like=state)
     compiled = step.lower(state, params, batch).compile(AS_ON_ACCELERATORS)
     assert found.params == on_one_device(params)

@@ -23,7 +23,7 @@ from lora_mini_jax import (
     select,
     unmerge,
 )
-from lora_mini_jax.adapters.sites import plan
+from lora_mini_jax.adapters.sites import plan_sites
 from lora_mini_jax.methods import METHODS, from_dict
 from lora_mini_jax.tree import flatten, over_lead
 from tests.cases import (
@@ -274,7 +274,7 @@ def test_stacked_kernels_equal_a_loop_over_layers(case: Case):
                 continue
             for i in range(LAYERS):
                 new[path.replace("layers", f"layers_{i}", 1)] = layer(factors, i)
-    unstacked = replace(adapter, **leaves, sites=plan(case.method, loop.targets))
+    unstacked = replace(adapter, **leaves, sites=plan_sites(case.method, loop.targets))
     y = jax.jit(linen.adapt(loop.model))(params, unstacked, loop.tokens)
     close(y, jax.jit(linen.adapt(scanned.model))(scanned.params, adapter, scanned.tokens))
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from lora_mini_jax import UserError, cli
-from lora_mini_jax.adapters.sites import plan
+from lora_mini_jax.adapters.sites import plan_sites
 from lora_mini_jax.cli import main, parse
 from lora_mini_jax.methods import METHODS, from_dict, from_spec
 from lora_mini_jax.options import Compare, Finetune, Generate, to_json
@@ -235,7 +235,7 @@ def test_kernels_that_differ_in_their_layer_alone_are_told_as_one():
     head = Target("lm_head/kernel", (8, 32))
     method = from_dict({"method": "lora", "rank": 9})
     with pytest.raises(UserError) as error:
-        plan(method, [*kernels, head])
+        plan_sites(method, [*kernels, head])
     each = "layers_*/{}/kernel (8 x 8): rank 9 exceeds min(in, out) = 8"
     assert str(error.value).startswith("; ".join(each.format(n) for n in names))
     assert str(error.value).count("kernel (") == 3

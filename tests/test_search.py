@@ -30,13 +30,13 @@ from lora_mini_jax import (
     select,
     unmerge,
 )
-from lora_mini_jax.adapters.sites import plan
+from lora_mini_jax.adapters.sites import plan_sites
 from lora_mini_jax.data import Batches, Packed
 from lora_mini_jax.methods import DiffoRA, MiSS, VeRA, from_dict
 from lora_mini_jax.models import load as load_model
 from lora_mini_jax.runs.finetune import finetune
 from lora_mini_jax.runs.folder import RunFolder
-from lora_mini_jax.search.choice import agreed, discretise, openings
+from lora_mini_jax.search.choice import common_method, discretise, openings
 from lora_mini_jax.search.search import halves, make_search_step, search_state
 from lora_mini_jax.sharding import make_mesh
 from lora_mini_jax.tree import flatten, parameters, unflatten
@@ -360,15 +360,15 @@ def test_stacked_kernels_are_refused():
 
 
 def test_one_search_has_one_set_of_settings():
-    mixed = plan(METHOD, TARGETS, {"layers_1": {"rho": 0.9}})
+    mixed = plan_sites(METHOD, TARGETS, {"layers_1": {"rho": 0.9}})
     with pytest.raises(UserError, match="one rho"):
-        agreed(mixed)
-    soft = plan(DiffoRA(INNER, relaxation="softmax"), TARGETS, {"layers_1": {"rank": 1}})
+        common_method(mixed)
+    soft = plan_sites(DiffoRA(INNER, relaxation="softmax"), TARGETS, {"layers_1": {"rank": 1}})
     with pytest.raises(UserError, match="softmax over a layer needs one inner method"):
-        agreed(soft)
-    fine = plan(METHOD, TARGETS, {"layers_1": {"rank": 1, "dropout": 0.1}})
-    assert agreed(fine) == METHOD
-    assert agreed(plan(INNER, TARGETS)) is None
+        common_method(soft)
+    fine = plan_sites(METHOD, TARGETS, {"layers_1": {"rank": 1, "dropout": 0.1}})
+    assert common_method(fine) == METHOD
+    assert common_method(plan_sites(INNER, TARGETS)) is None
 
 
 def test_a_random_choice_follows_its_seed():
@@ -399,7 +399,7 @@ def test_the_gradient_norms_are_those_of_the_sum_over_the_batches():
 @pytest.mark.parametrize("budget", [16, 17, 25, 32, 39, 41, 48])
 def test_ranks_at_a_budget_spend_it(budget: int):
     """Sizes 9 and 7: a rank of 1 on both is 16."""
-    sites = plan(LoRA(rank=3, alpha=6.0), TARGETS)
+    sites = plan_sites(LoRA(rank=3, alpha=6.0), TARGETS)
     found = at_budget(sites, budget)
     methods: list[Any] = [site.method for site in found]
     ranks = [method.rank for method in methods]
@@ -412,12 +412,12 @@ def test_ranks_at_a_budget_spend_it(budget: int):
 
 def test_budgets_that_cannot_be_met_are_refused():
     with pytest.raises(UserError, match="rank 1 on these kernels has 16"):
-        at_budget(plan(INNER, TARGETS), 15)
+        at_budget(plan_sites(INNER, TARGETS), 15)
     with pytest.raises(UserError, match="rank 4 exceeds"):
-        at_budget(plan(INNER, TARGETS), 64)
-    miss = at_budget(plan(MiSS(rank=1), TARGETS), 20)
+        at_budget(plan_sites(INNER, TARGETS), 64)
+    miss = at_budget(plan_sites(MiSS(rank=1), TARGETS), 20)
     assert [site.n_trainable for site in miss] == [12, 6]
-    wide = at_budget(plan(VeRA(rank=2), TARGETS), 100)
+    wide = at_budget(plan_sites(VeRA(rank=2), TARGETS), 100)
     assert sum(site.n_trainable for site in wide) == 100
 
 

@@ -75,7 +75,7 @@ def test_long_pairs_are_skipped_cut_or_an_error(place):
     assert second.target.tolist() == [9, *[GREEN] * 5], "nothing ends where it was cut"
     with pytest.raises(UserError, match="7 tokens, more than max_length 6: raise"):
         encoded(place, LONG, overlong="error")
-    with pytest.raises(UserError, match="overlong 'cut' is not allowed: give skip, truncate"):
+    with pytest.raises(UserError, match="overlong is 'cut': choose one of skip, truncate"):
         encoded(place, LONG, overlong="cut")
 
 

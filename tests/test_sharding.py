@@ -123,7 +123,7 @@ def program(
     chosen = select(parameters(params, targets), which)
     params, adapter, batch = on_mesh(sizes, params, init(params, method, chosen), targets)
     tx = optax.adam(1e-2)
-    state = sharding.settled(batch.sharding.mesh, TrainState.create(adapter, tx))
+    state = sharding.put_on_mesh(batch.sharding.mesh, TrainState.create(adapter, tx))
     step: Any = make_train_step(loss_of(model, params), tx, has_aux=True, like=state)
     return collectives(step.lower(state, params, batch).compile()), adapter
 
@@ -148,7 +148,7 @@ def test_ten_steps_on_eight_devices_are_those_on_one(case: Case):
 
     alone = run(params, TrainState.create(adapter, tx), TOKENS, None)
     sharded, placed, batch = on_mesh("data=2,fsdp=2,tensor=2", params, adapter, targets)
-    state = sharding.settled(batch.sharding.mesh, TrainState.create(placed, tx))
+    state = sharding.put_on_mesh(batch.sharding.mesh, TrainState.create(placed, tx))
     before = jax.tree.map(lambda leaf: leaf.sharding, placed)
     together = run(sharded, state, batch, state)
     for ours, theirs in zip(together[0], alone[0], strict=True):
@@ -307,7 +307,7 @@ def test_a_checkpoint_goes_on_on_another_mesh_and_on_none(tmp_path: Path):
 
     def state_on(sizes: str) -> TrainState:
         _, placed, batch = on_mesh(sizes, params, adapter, targets)
-        return sharding.settled(batch.sharding.mesh, TrainState.create(placed, tx))
+        return sharding.put_on_mesh(batch.sharding.mesh, TrainState.create(placed, tx))
 
     saved = state_on("fsdp=4,tensor=2")
     with Checkpoints(tmp_path) as checkpoints:

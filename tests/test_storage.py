@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_mini_jax import Adapter, LoRA, LoRAMini, Target, UserError, init, join, load, save, split
 from lora_mini_jax.adapters.adapter import draw
-from lora_mini_jax.adapters.sites import Site, check
+from lora_mini_jax.adapters.sites import Site, check_sites
 from lora_mini_jax.methods import OLoRA, PiSSA
 from lora_mini_jax.saved.sketch import same, sketch
 from tests.cases import by_name, draws, randomised
@@ -334,4 +334,4 @@ def test_an_owner_without_leaves_is_one_line(tmp_path):
     with pytest.raises(UserError, match="v/kernel: uses the leaves of k/kernel, which has none"):
         load(tmp_path / "one", params)
     with pytest.raises(UserError, match="q/kernel: uses the leaves of v/kernel, which has none"):
-        check([replace(q, owner="v/kernel"), replace(v, owner="q/kernel")])
+        check_sites([replace(q, owner="v/kernel"), replace(v, owner="q/kernel")])

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from lora_mini_jax import Target, TrainState, UserError, init, linen, make_train_step
-from lora_mini_jax.adapters.sites import plan
+from lora_mini_jax.adapters.sites import plan_sites
 from lora_mini_jax.checkpoint import Checkpoints
 from lora_mini_jax.methods import SwitchLoRA, from_dict
 from lora_mini_jax.training.optim import scale_by_element_adam
@@ -299,10 +299,10 @@ def test_a_saved_adapter_keeps_what_its_function_needs():
 @pytest.mark.parametrize("shape", [(8, 20), (20, 8)])
 def test_a_rank_that_leaves_nothing_to_switch_to_is_refused_with_the_kernel(shape: Any):
     target = Target("mlp/up/kernel", shape)
-    assert plan(SwitchLoRA(rank=7), [target])
+    assert plan_sites(SwitchLoRA(rank=7), [target])
     for rank in (8, 9):
         with pytest.raises(UserError, match=rf"mlp/up/kernel .*rank {rank} .*min\(in, out\) = 8"):
-            plan(SwitchLoRA(rank=rank), [target])
+            plan_sites(SwitchLoRA(rank=rank), [target])
 
 
 @pytest.mark.parametrize(

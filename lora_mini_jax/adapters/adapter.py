@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from lora_mini_jax.adapters.sites import Site, by_method, plan
+from lora_mini_jax.adapters.sites import Site, by_method, plan_sites
 from lora_mini_jax.algebra.draws import as_key, fold_path, split_key
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors, Method
@@ -118,13 +118,13 @@ def init(
         method: `LoRA`, `LoRAMini`, ...
         targets: the kernels to adapt: ``select(linen.targets(model, params, x), "q_proj|v_proj")``.
         key: a JAX random key, or an integer seed.
-        overrides: other hyper-parameters for some kernels, see `plan`.
+        overrides: other hyper-parameters for some kernels, see `plan_sites`.
         modules_to_save: parameters trained whole beside the method (a head, norms, biases), saved
             and merged with the adapter: ``select(parameters(params, targets), "norm")``.
 
     Raises:
-        UserError: see `plan`; no target, or one that ``params`` does not have, or has in another
-            shape or in numbers that are not real.
+        UserError: see `plan_sites`; no target, or one that ``params`` does not have, or has in
+            another shape or in numbers that are not real.
 
     Example:
         >>> targets = [Target("up/kernel", (8, 32))]
@@ -133,7 +133,7 @@ def init(
         >>> count(init(params, LoRA(rank=2), targets))
         80
     """
-    sites = plan(method, targets, overrides, modules_to_save)
+    sites = plan_sites(method, targets, overrides, modules_to_save)
     if not sites:
         raise UserError("no kernel to adapt was given: the model has none of a known layer, or "
                         "`rules` have to say which they are")  # fmt: skip

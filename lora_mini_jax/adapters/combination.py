@@ -18,10 +18,10 @@ from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.algebra.decompositions import top_singular
 from lora_mini_jax.algebra.draws import as_key, fold_path, split_key
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.layers import brief
 from lora_mini_jax.method import Factors
 from lora_mini_jax.methods import LoRA
 from lora_mini_jax.methods.full import Full
-from lora_mini_jax.selection import brief
 from lora_mini_jax.settings.checks import require_choice, require_number, require_whole
 from lora_mini_jax.tree import Target, check_fit, dense, flatten, float32, over_lead
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.layers import brief
 from lora_mini_jax.method import Method
 from lora_mini_jax.methods.full import Full
-from lora_mini_jax.selection import brief, listing, matches
+from lora_mini_jax.selection import listing, matches
 from lora_mini_jax.tree import Target
 
 
@@ -36,7 +37,7 @@ class Site:
         return math.prod(self.target.lead) * each
 
 
-def plan(
+def plan_sites(
     method: Method,
     targets: Iterable[Target],
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
@@ -85,11 +86,11 @@ def plan(
             changed |= settings if matches(target, pattern) else {}
         sites.append(Site(target, method.with_settings(changed) if changed else method))
     sites += [Site(target, Full()) for target in modules_to_save]
-    check(sites)
+    check_sites(sites)
     return tuple(sites)
 
 
-def check(sites: Iterable[Site], new: bool = True) -> None:
+def check_sites(sites: Iterable[Site], new: bool = True) -> None:
     """Raise one `UserError` that lists every kernel its method cannot adapt, or two claim.
 
     Where the leaves are not ``new`` but come from a file, ranks that only gain nothing are let be.

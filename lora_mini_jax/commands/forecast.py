@@ -11,7 +11,7 @@ from lora_mini_jax import sharding
 from lora_mini_jax.data import Batches
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.forecast.absent import simulated, slice_of, uncached
-from lora_mini_jax.forecast.footprint import Footprint, footprint, placed
+from lora_mini_jax.forecast.footprint import Footprint, footprint, with_shardings
 from lora_mini_jax.options import PlanStep
 from lora_mini_jax.runs.schedule import of_length, optimizer
 from lora_mini_jax.settings.spec import to_spec
@@ -49,7 +49,7 @@ def plan_step(options: PlanStep) -> Report:
     kernels, _ = all_targets(task.model)
     if options.mesh:  # which the loss asks the parameters for
         where = sharding.of_params(mesh, task.params, kernels)
-        task = replace(task, params=placed(task.params, where))
+        task = replace(task, params=with_shardings(task.params, where))
     sites = of_length(task.sites, STEPS, options.parsed_settings())
     tx = optimizer(options, STEPS, sites, options.lora_plus_ratio)
     what = task.loss, tx, sites, kernels, task.params, _batch(task.train), mesh

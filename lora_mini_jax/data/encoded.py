@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol
 
 from lora_mini_jax.data.fields import Fields
 from lora_mini_jax.data.files import Record, chunks, place
 from lora_mini_jax.errors import UserError
-
-Overlong = Literal["skip", "truncate", "error"]
+from lora_mini_jax.settings.checks import require_choice, require_whole
+from lora_mini_jax.settings.choices import Overlong
 
 
 class Encoded(NamedTuple):
@@ -27,12 +27,8 @@ class Limits(NamedTuple):
 
     def check(self) -> None:
         """Raise `UserError` for limits that are not allowed."""
-        if self.max_length < 2:
-            raise UserError(f"max_length {self.max_length} is not allowed: give a whole number "
-                            "from 2")  # fmt: skip
-        if self.overlong not in get_args(Overlong):
-            raise UserError(f"overlong {self.overlong!r} is not allowed: give skip, truncate or "
-                            "error")  # fmt: skip
+        require_whole("max_length", self.max_length, low=2)
+        require_choice("overlong", self.overlong, Overlong)
 
 
 class Whole(Protocol):

@@ -83,10 +83,10 @@ def footprint(
         batch: those of one batch, over all devices.
         mesh: as from `sharding.make_mesh`.
     """
-    params = placed(params, sharding.of_params(mesh, params, targets))
+    params = with_shardings(params, sharding.of_params(mesh, params, targets))
     state = jax.eval_shape(lambda p: TrainState.create(draw(p, sites, 0), tx), params)
-    state = placed(state, _of_state(mesh, state, tx))
-    batch = placed(batch, jax.tree.map(lambda _: sharding.of_batch(mesh), batch))
+    state = with_shardings(state, _of_state(mesh, state, tx))
+    batch = with_shardings(batch, jax.tree.map(lambda _: sharding.of_batch(mesh), batch))
     step = make_train_step(loss_fn, tx, has_aux=has_aux, parts=parts, like=state)
     with compiling_for(mesh.devices.flat[0]):
         traced = step.trace(state, params, batch)
@@ -106,7 +106,7 @@ def footprint(
     )
 
 
-def placed(tree: Any, shardings: Any) -> Any:
+def with_shardings(tree: Any, shardings: Any) -> Any:
     """The shapes and dtypes of a tree with shardings, of which one may be for several leaves: those
     of a quantised kernel."""
 

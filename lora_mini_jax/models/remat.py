@@ -1,7 +1,7 @@
 """What a layer keeps for the backward pass, by name; what it does not keep is computed again."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,11 +9,8 @@ import jax
 from lora_mini_jax.algebra import joint
 from lora_mini_jax.models import splash_attention
 from lora_mini_jax.settings.checks import require_choice
+from lora_mini_jax.settings.choices import Remat
 
-Remat = Literal["none", "dots", "dots_no_batch", "full"]
-"""From the most memory to the least. ``"none"``: all is kept. ``"dots"``: the results of matrix
-products. ``"dots_no_batch"``: those of linear layers alone, and not the attention's scores, which
-grow with the square of the length. ``"full"``: nothing but the layer's input."""
 _policies = jax.checkpoint_policies
 _both = _policies.save_from_both_policies
 _kernels = _policies.save_only_these_names(joint.KEPT, splash_attention.KEPT)

@@ -1,13 +1,14 @@
 """The options of a fine-tuning run."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.options.adapter import AdapterOptions
 from lora_mini_jax.options.labels import LabelOptions
 from lora_mini_jax.options.numbers import COUNT, NOT_NEGATIVE, POSITIVE
 from lora_mini_jax.options.training import Training
+from lora_mini_jax.settings.choices import Bits, Overlong
 
 if TYPE_CHECKING:
     from lora_mini_jax.data import Fields
@@ -50,7 +51,7 @@ class Finetune(Training, AdapterOptions, LabelOptions):
     """Put between prompt and completion, where they are one text."""
     packing: bool = True
     """Put several examples in a row, which never attend to each other; a T5's have one each."""
-    overlong: Literal["skip", "truncate", "error"] = "skip"
+    overlong: Overlong = "skip"
     """What to do with an example longer than max_length; the report says how many there were."""
     max_train_examples: int | None = None
     """Read no more than this many training records."""
@@ -65,7 +66,7 @@ class Finetune(Training, AdapterOptions, LabelOptions):
     scan_layers: bool = False
     """Compile one layer and run it as often as there are layers: deep models compile much sooner,
     and each step may take a little longer."""
-    quantize: Literal["int8", "nf4"] | None = None
+    quantize: Bits | None = None
     """Keep the base's linear kernels in 8 or 4 bits (needs qwix). Use it with --remat full, or the
     backward pass keeps dense kernels, and little memory is saved."""
     epochs: float = 2.0

@@ -14,6 +14,7 @@ from lora_mini_jax.options.numbers import (
     SHARE,
     wrong_numbers,
 )
+from lora_mini_jax.settings.choices import Remat
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Training(MethodOptions):
     """Fixes the adapter's initial values, the order of the data and all else that is random."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the base and the computation; trained leaves and optimiser state are float32 always."""
-    remat: Literal["none", "dots", "dots_no_batch", "full"] = "none"
+    remat: Remat = "none"
     """Recompute parts of each layer in the backward pass, to save memory: all but the results of
     matrix products (dots), those of attention too (dots_no_batch), or everything (full)."""
     accumulate: int = 1

@@ -45,7 +45,7 @@ def method_of(config: Config, module: str, folder: Path) -> Method:
         raise UserError(f"{folder / FILE}, for {module}: {error}") from None
 
 
-def agreed(by_module: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def merge_configs(by_module: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """One config for all modules; what may differ from one to the next is named in patterns.
 
     Raises:

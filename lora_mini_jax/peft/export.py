@@ -115,7 +115,7 @@ def convert(
     pieces = _pieces(adapter, found, as_lora)
     by_module = {module: config.settings(piece.method) for piece in pieces
                  for module in piece.place.modules}  # fmt: skip
-    settings = config.agreed(by_module)
+    settings = config.merge_configs(by_module)
     kind = KINDS[settings["peft_type"]]
     arrays = _arrays(pieces, kind)
     everything = [name for place in found.values() for name in place.tensors]

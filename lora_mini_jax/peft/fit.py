@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_mini_jax.adapters.adapter import Adapter, draw
-from lora_mini_jax.adapters.sites import Site, check
+from lora_mini_jax.adapters.sites import Site, check_sites
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.methods.full import Full
@@ -55,7 +55,7 @@ def build(
         raise UserError(f"{given.source} does not fit: {'; '.join(wrong)}")
     sites += [Site(found[path].target, Full()) for path in dense]
     try:
-        check(sites, new=False)
+        check_sites(sites, new=False)
     except UserError as error:
         raise UserError(f"{given.source}: {error}") from None
     drawn = draw(params, tuple(sites), 0)

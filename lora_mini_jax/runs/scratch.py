@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.adapters.adapter import Adapter
-from lora_mini_jax.adapters.sites import Site, plan
+from lora_mini_jax.adapters.sites import Site, plan_sites
 from lora_mini_jax.algebra.draws import as_key
 from lora_mini_jax.data import (
     Batches,
@@ -85,7 +85,7 @@ def planned_sites(options: Pretrain, model: Llama) -> tuple[Site, ...]:
     kernels, everything = all_targets(model)
     linear = select(kernels, "all-linear")
     rest = [target for target in everything if target not in linear]
-    sites = plan(options.adapter_method(), linear, modules_to_save=rest)
+    sites = plan_sites(options.adapter_method(), linear, modules_to_save=rest)
     return of_length(sites, options.steps, options.parsed_settings())
 
 

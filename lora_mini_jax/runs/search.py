@@ -16,7 +16,7 @@ from lora_mini_jax.runs.loop import make_evaluate
 from lora_mini_jax.runs.run import Run
 from lora_mini_jax.runs.schedule import optimizer
 from lora_mini_jax.saved.storage import load, save
-from lora_mini_jax.search.choice import agreed, discretise
+from lora_mini_jax.search.choice import common_method, discretise
 from lora_mini_jax.search.search import check_halves, halves, make_search_step, search_state
 from lora_mini_jax.tasks.task import Task
 
@@ -45,7 +45,7 @@ def searched(
     Raises:
         UserError: settings that one search cannot have, too little data, a loss that is not finite.
     """
-    method = agreed(adapter.sites)
+    method = common_method(adapter.sites)
     if method is None:
         return adapter
     folder = run.folder
@@ -64,7 +64,7 @@ def searched(
 
 def check_search(task: Task) -> None:
     """Raise `UserError` where the task's sites need a search that could not begin."""
-    if agreed(task.sites) is not None:
+    if common_method(task.sites) is not None:
         check_halves(task.train)
 
 

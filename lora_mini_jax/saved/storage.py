@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_mini_jax.adapters.adapter import Adapter, check_adapter, check_calibrated, draw
-from lora_mini_jax.adapters.sites import check
+from lora_mini_jax.adapters.sites import check_sites
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import new_folder, read_json, read_safetensors, write_text, writing
 from lora_mini_jax.method import Factors
@@ -104,7 +104,7 @@ def load(
     """
     folder, record = Path(folder), record_of(folder)
     try:
-        check(record.sites, new=False)
+        check_sites(record.sites, new=False)
         drawn = draw(_rounded(params, record), record.sites, record.key)  # checks every shape
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None

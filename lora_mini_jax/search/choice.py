@@ -26,7 +26,7 @@ def gated(sites: Iterable[Site]) -> dict[str, DiffoRA]:
     return {site.target.path: site.method for site in sites if isinstance(site.method, DiffoRA)}
 
 
-def agreed(sites: Iterable[Site]) -> DiffoRA | None:
+def common_method(sites: Iterable[Site]) -> DiffoRA | None:
     """The DiffoRA of all the sites, whatever their inner methods; None where no kernel has a gate.
 
     Raises:
@@ -86,10 +86,10 @@ def discretise(
         module. And the adapter, which trains, merges and saves like any other.
 
     Raises:
-        UserError: see `agreed`; no gates, or a setting or scores that are not as said.
+        UserError: see `common_method`; no gates, or a setting or scores that are not as said.
     """
     methods = gated(adapter.sites)
-    if agreed(adapter.sites) is None:
+    if common_method(adapter.sites) is None:
         raise UserError("no kernel has a gate: give an adapter by DiffoRA")
     require_number("rho", rho)
     require_choice("sharing", sharing, Sharing)

@@ -60,14 +60,14 @@ class Devices:
 
     def state(self, state: TrainState) -> TrainState:
         """The state on the devices; its adapter is there already."""
-        return state if self.mesh is None else sharding.settled(self.mesh, state)
+        return state if self.mesh is None else sharding.put_on_mesh(self.mesh, state)
 
     def batch(self, batches: Batches, step: int) -> dict[str, jax.Array]:
         """The batch of a step on the devices; every process reads the rows of its own."""
         if self.mesh is None:
             return jax.device_put(batches.batch(step))
         read = partial(batches.batch, step)
-        return processes.placed(batches.shapes, sharding.of_batch(self.mesh), read)
+        return processes.shard_rows(batches.shapes, sharding.of_batch(self.mesh), read)
 
 
 def reading(options: Finetune, module: nn.Module) -> dict[str, Any]:

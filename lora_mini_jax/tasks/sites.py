@@ -6,7 +6,7 @@ import flax.linen as nn
 
 from lora_mini_jax import linen
 from lora_mini_jax.adapters.budget import within
-from lora_mini_jax.adapters.sites import Site, check, plan
+from lora_mini_jax.adapters.sites import Site, check_sites, plan_sites
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.options import AdapterOptions, one_or_names
 from lora_mini_jax.selection import select
@@ -51,7 +51,7 @@ def sites_among(
         whole = tuple(target for target in head if target not in named)
         chosen = tuple(target for target in chosen if target not in whole)
     if options.budget is None:
-        return plan(method, chosen, options.parsed_overrides(), whole)
-    sites = (*within(method, chosen, options.budget), *plan(method, (), {}, whole))
-    check(sites)
+        return plan_sites(method, chosen, options.parsed_overrides(), whole)
+    sites = (*within(method, chosen, options.budget), *plan_sites(method, (), {}, whole))
+    check_sites(sites)
     return sites
