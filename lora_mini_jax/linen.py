@@ -29,22 +29,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_mini_jax import hardware
 from lora_mini_jax.adapters.adapter import Adapter
-from lora_mini_jax.call import beside
+from lora_mini_jax.call import beside, output
+from lora_mini_jax.call.lookup import check_served, rule_of, target_of, view_of, with_own
 from lora_mini_jax.call.views import (
     RULES,
     Rule,
     Rules,
     View,
-    check_served,
     dense,
     dense_general,
     einsum,
     embed,
-    rule_of,
-    target_of,
     transposed_dense,
-    view_of,
-    with_own,
 )
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.tree import Target, check_leaves, flatten, traced
@@ -191,12 +187,12 @@ def adapt(
                 return next_call(*args, **kw)
             before, (kernel, own) = used[path], layer
             given = context.module, sites[path], view, own, partial(used.update, [path])
-            with beside.multiplying(*given):
+            with output.multiplying(*given):
                 y = next_call(*args, **kw)
             if used[path] > before:
                 return y  # in one product; or a subclass called its parent, which was adapted
             used[path] += 1
-            return beside.with_delta(y, sites[path], view, kernel, own, before)
+            return output.with_delta(y, sites[path], view, kernel, own, before)
 
         joined = beside.marked(*beside.prepared(params, adapter, dropout_key), this)
         with hardware.on_mesh(rows), nn.intercept_methods(interceptor):

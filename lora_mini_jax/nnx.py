@@ -18,12 +18,11 @@ from flax import nnx
 
 from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.algebra.draws import as_key
-from lora_mini_jax.call import beside, views
+from lora_mini_jax.call import beside, lookup, output, states, views
 from lora_mini_jax.call.streams import refuse_to_draw, reseed
 from lora_mini_jax.call.views import Rules, View, dense, embed, transposed_dense
-from lora_mini_jax.call.watched import name_of, watch
-from lora_mini_jax.errors import UserError
-from lora_mini_jax.tree import Target, flatten, traced, unflatten
+from lora_mini_jax.call.watched import watch
+from lora_mini_jax.tree import Target, traced, unflatten
 
 __all__ = [
     "adapt",
@@ -87,8 +86,8 @@ def parameters(model: nnx.Module) -> dict[str, Any]:
         >>> parameters(nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0)))["kernel"].shape
         (2, 3)
     """
-    _, state, _ = _split(model)
-    return unflatten({name: variable.get_value() for name, variable in _named(state)})
+    _, state, _ = states.split(model)
+    return unflatten({name: variable.get_value() for name, variable in states.named(state)})
 
 
 def update(model: nnx.Module, params: Mapping[str, Any]) -> None:
@@ -103,7 +102,7 @@ def update(model: nnx.Module, params: Mapping[str, Any]) -> None:
         >>> float(model.kernel.sum())
         0.0
     """
-    nnx.update(model, _filled(_split(model)[1], params))
+    nnx.update(model, states.filled(states.split(model)[1], params))
 
 
 def targets(
@@ -133,25 +132,25 @@ def targets(
         >>> [t.path for t in targets(model, jax.numpy.ones((1, 8)))]
         ['kernel']
     """
-    graph, state, rest = _split(model)
-    all_rules, served = views.with_own(RULES, rules), set[type]()
-    shapes = {name: tuple(variable.shape) for name, variable in _named(state)}
+    graph, state, rest = states.split(model)
+    all_rules, served = lookup.with_own(RULES, rules), set[type]()
+    shapes = {name: tuple(variable.shape) for name, variable in states.named(state)}
     found: dict[str, Target] = {}
 
     def record(module: Any, path: str, view: View, y: Any) -> Any:
         if path in shapes:
-            served.add(views.rule_of(type(module), all_rules)[0])
+            served.add(lookup.rule_of(type(module), all_rules)[0])
             seen = tuple(getattr(module, view.leaf).shape)
-            found.setdefault(path, views.target_of(path, shapes[path], seen, view))
+            found.setdefault(path, lookup.target_of(path, shapes[path], seen, view))
         return y
 
     def call(state: nnx.State, *inputs: Any) -> Any:
-        fresh = nnx.merge(graph, state, _copied(rest))
+        fresh = nnx.merge(graph, state, states.copied(rest))
         watch(fresh, state, all_rules, record)
         return getattr(fresh, method)(*inputs, **kwargs)
 
     traced(call, state, *inputs)
-    views.check_served(rules or {}, served)
+    lookup.check_served(rules or {}, served)
     return tuple(found[path] for path in shapes if path in found)
 
 
@@ -186,9 +185,9 @@ def adapt(model: nnx.Module, rules: Rules | None = None) -> Callable[..., Any]:
         >>> adapt(model)(params, adapter, x).shape
         (1, 4)
     """
-    graph, state, rest = _split(model)
+    graph, state, rest = states.split(model)
     shapes = jax.eval_shape(lambda state: state, state)
-    all_rules = views.with_own(RULES, rules)
+    all_rules = lookup.with_own(RULES, rules)
 
     def apply(
         params: Mapping[str, Any],
@@ -211,10 +210,10 @@ def adapt(model: nnx.Module, rules: Rules | None = None) -> Callable[..., Any]:
             leaves = getattr(module, view.leaf + beside.SUFFIX)
             own = {name: leaf[...] for name, leaf in leaves.items()}
             used[path] += 1
-            return beside.with_delta(y, sites[path], view, kernel, own, used[path] - 1)
+            return output.with_delta(y, sites[path], view, kernel, own, used[path] - 1)
 
-        others = _copied(rest if variables is None else variables)
-        fresh = nnx.merge(graph, _filled(shapes, shifted), others)
+        others = states.copied(rest if variables is None else variables)
+        fresh = nnx.merge(graph, states.filled(shapes, shifted), others)
         watch(fresh, shapes, all_rules, add, factors)
         if dropout_key is not None:
             reseed(fresh, as_key(dropout_key))
@@ -225,37 +224,3 @@ def adapt(model: nnx.Module, rules: Rules | None = None) -> Callable[..., Any]:
         return (y, nnx.split(fresh, nnx.Param, ...)[2]) if mutable else y
 
     return apply
-
-
-def _split(model: Any) -> Any:
-    """The model's graph, its parameters, and all other state."""
-    if not isinstance(model, nnx.Module):
-        raise UserError(f"a {type(model).__name__} is no NNX module: give one; for a Linen module "
-                        "take lora_mini_jax.linen")  # fmt: skip
-    return nnx.split(model, nnx.Param, ...)
-
-
-def _named(state: nnx.State) -> list[tuple[str, Any]]:
-    """Paths and variables, in the order of the paths."""
-    return [(name_of(path), variable) for path, variable in nnx.to_flat_state(state)]
-
-
-def _copied(state: nnx.State) -> nnx.State:
-    """The same in variables of their own: a call may write into them, and these belong to it."""
-    return jax.tree.map(lambda leaf: leaf, state)
-
-
-def _filled(state: nnx.State, params: Mapping[str, Any]) -> nnx.State:
-    """The state with these parameters in it; errors where they are not the model's own."""
-    flat = flatten(params)
-    shapes = {name: tuple(variable.shape) for name, variable in _named(state)}
-    wrong = [f"{name} is missing" for name in shapes if name not in flat]
-    wrong += [f"{name} is none of the model's" for name in flat if name not in shapes]
-    wrong += [f"{name} is {flat[name].shape}, not {shape}" for name, shape in shapes.items()
-              if name in flat and flat[name].shape != shape]  # fmt: skip
-    if wrong:
-        raise UserError(f"these parameters do not fit the model: {'; '.join(wrong)}. Give what "
-                        "`parameters` makes, or what `merge` makes of it")  # fmt: skip
-    filled = [(path, variable.replace(flat[name_of(path)]))
-              for path, variable in nnx.to_flat_state(state)]  # fmt: skip
-    return nnx.from_flat_state(filled)

@@ -15,7 +15,7 @@ import pytest
 from lora_mini_jax import Adapter, LoRA, LoRAMini, hardware, init, linen, select
 from lora_mini_jax.algebra import hopper, joint
 from lora_mini_jax.algebra.products import through
-from lora_mini_jax.call import beside
+from lora_mini_jax.call import output
 from lora_mini_jax.methods import DoRA, LoRAXS, MiSS, VeRA
 from lora_mini_jax.models import Llama, LlamaConfig
 from tests.gpus import pretend
@@ -39,7 +39,7 @@ def calls(monkeypatch) -> list[tuple[int, ...]]:
         seen.append((*x.shape, *w.shape))
         return x @ w.T + h @ b.T if turned else x @ w + h @ b
 
-    for module in (joint, beside):
+    for module in (joint, output):
         monkeypatch.setattr(module, "takes_joint_products", lambda: True)
     monkeypatch.setattr(joint, "fits", lambda *_: True)
     monkeypatch.setattr(joint, "_sum", product)
@@ -103,7 +103,7 @@ def test_every_layer_of_a_model_multiplies_once(method: Any, calls: Any, monkeyp
     got = jax.jit(jax.value_and_grad(loss))(trained)
     # No gradient goes into what the first layer's query, key and value read.
     assert len(calls) >= 2 * KERNELS - 3
-    monkeypatch.setattr(beside, "takes_joint_products", lambda: False)
+    monkeypatch.setattr(output, "takes_joint_products", lambda: False)
     close(got, jax.jit(jax.value_and_grad(lambda t: loss(t)))(trained))
 
 
@@ -112,7 +112,7 @@ def test_scanned_and_recomputed_layers_too(how: Any, calls: Any, monkeypatch):
     loss, trained, _ = adapted(METHODS[1], **how)
     got = jax.jit(jax.value_and_grad(loss))(trained)
     assert calls
-    monkeypatch.setattr(beside, "takes_joint_products", lambda: False)
+    monkeypatch.setattr(output, "takes_joint_products", lambda: False)
     close(got, jax.jit(jax.value_and_grad(lambda t: loss(t)))(trained))
 
 

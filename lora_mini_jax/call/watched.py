@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lora_mini_jax.call import beside, views
+from lora_mini_jax.call import beside, lookup
 from lora_mini_jax.call.views import Rule, Rules, View
 from lora_mini_jax.errors import UserError
 
@@ -27,7 +27,7 @@ class _Watch:
 
     def __call__(self, module: Any, method: str, args: tuple, kw: dict, y: Any) -> Any:
         plain = getattr(self.known, method).__get__(module)
-        view = views.view_by(self.rule, plain, module, method, args, kw)
+        view = lookup.view_by(self.rule, plain, module, method, args, kw)
         if view is None:
             return y
         return self.act(module, f"{self.module}/{view.leaf}".removeprefix("/"), view, y)
@@ -51,7 +51,7 @@ def watch(
         layer: Any = model
         for part in path[:-1]:
             layer = getattr(layer, part) if isinstance(part, str) else layer[part]
-        known, rule = views.rule_of(type(layer), rules)
+        known, rule = lookup.rule_of(type(layer), rules)
         if rule is None:
             continue
         if not hasattr(layer, "adapter_watch"):
