@@ -27,7 +27,8 @@ SPEC = re.compile(r"[\w-]+(?=$|:\w)")
 # its own. Options have defaults, pre-training offers four methods by name, the demo shows two.
 MAY_NAME = {
     "Full": {"adapters/sites.py", "adapters/combination.py", "training/calibration.py",
-             "models/remat.py", "options/training.py", "options/pretrain.py", "runs/scratch.py"},
+             "models/remat.py", "settings/choices.py", "options/training.py", "options/pretrain.py",
+             "runs/scratch.py"},
     "LoRA": {"adapters/folding.py", "adapters/combination.py",  # what others are folded into
              "options/compare.py", "options/pretrain.py", "runs/demo.py"},
     "LoRAMini": {"options/adapter.py", "options/compare.py", "runs/demo.py",

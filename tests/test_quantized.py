@@ -155,7 +155,7 @@ def test_training_on_a_quantised_base_lowers_the_loss_and_leaves_it_alone():
 
 
 def test_unknown_bits_are_refused():
-    with pytest.raises(UserError, match="give int8 or nf4"):
+    with pytest.raises(UserError, match="choose one of int8, nf4"):
         quantize({"k": jnp.ones((4, 4))}, [Target("k", (4, 4))], "int3")  # ty: ignore
 
 

@@ -75,16 +75,15 @@ def plan_sites(
                             "by name, {'rank': 4}")  # fmt: skip
         if not any(matches(t, pattern) for t in targets):
             raise UserError(f"override {pattern!r} matches no kernel; {listing(targets)}")
-        try:
-            method.with_settings(settings)
-        except UserError as error:
-            raise UserError(f"override {pattern!r}: {error}") from None
     sites = []
     for target in targets:
         changed: dict[str, Any] = {}
         for pattern, settings in overrides.items():
             changed |= settings if matches(target, pattern) else {}
-        sites.append(Site(target, method.with_settings(changed) if changed else method))
+        try:
+            sites.append(Site(target, method.with_settings(changed) if changed else method))
+        except UserError as error:
+            raise UserError(f"overrides of {target.path}, {changed}: {error}") from None
     sites += [Site(target, Full()) for target in modules_to_save]
     check_sites(sites)
     return tuple(sites)
