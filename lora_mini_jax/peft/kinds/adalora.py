@@ -35,4 +35,4 @@ class AdaLoraKind(Kind):
 
     def of_config(self, config: Mapping[str, Any], module: str) -> Method:
         given = {ours: config[theirs] for theirs, ours in _OURS.items() if theirs in config}
-        return AdaLoRA(**AdaLoRA.checked(given))
+        return AdaLoRA(**AdaLoRA.checked({"target_rank": 8, **given}))  # PEFT's default
