@@ -51,7 +51,7 @@ class Checkpoints:
             self._manager = orbax_manager(self.folder, keep)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
-        self._known = False  # whether the checkpoints here are of the run that is saved
+        self._run: dict[str, Any] | None = None  # whose checkpoints are here, once it is known
         self._open = ExitStack()
 
     def __enter__(self) -> "Checkpoints":
@@ -83,10 +83,9 @@ class Checkpoints:
                 checkpoints of another run, which new ones would push out.
         """
         self.wait()
-        if not self._known:
-            self._check_run(state)
+        run = self._checked(state)
         step, tree = int(state.step), copied_to_host(_saved(state))
-        self._pending = self._writer.submit(self._write, step, tree, identity(state))
+        self._pending = self._writer.submit(self._write, step, tree, run)
 
     def wait(self) -> None:
         """Wait until the state that was saved last is there, complete.
@@ -117,7 +116,7 @@ class Checkpoints:
         step = self.latest()
         if step is None:
             return None
-        self._check_run(state)
+        self._checked(state)
         abstract = jax.tree.map(_abstract, _saved(state))
         with self._reading(step):
             how = ocp.checkpoint_utils.construct_restore_args(abstract)
@@ -137,23 +136,23 @@ class Checkpoints:
                 "run folder to start again"
             ) from None
 
-    def _check_run(self, state: TrainState) -> None:
-        """Raise `UserError` where the newest checkpoint is of another run than the state."""
-        self._known = True
-        step = self.latest()
-        if step is None:
-            return
-        with self._reading(step):
-            said = self._manager.metadata(step).custom_metadata
-        if said and (wrong := differences(said, identity(state))):
-            raise UserError(f"checkpoint {self.folder / str(step)} is of another run: "
-                            f"{'; '.join(wrong)}. Give the adapter and the optimiser that it was "
-                            "saved with, or another folder")  # fmt: skip
+    def _checked(self, state: TrainState) -> dict[str, Any]:
+        """The `identity` of a state; `UserError` where the newest checkpoint is of another run."""
+        run, step = identity(state), self.latest()
+        if run != self._run and step is not None:
+            with self._reading(step):
+                said = self._manager.metadata(step).custom_metadata
+            if said and (wrong := differences(said, run)):
+                raise UserError(f"checkpoint {self.folder / str(step)} is of another run: "
+                                f"{'; '.join(wrong)}. Give the adapter and the optimiser that it "
+                                "was saved with, or another folder")  # fmt: skip
+        self._run = run
+        return run
 
-    def _write(self, step: int, tree: Any, of: dict[str, Any]) -> None:
+    def _write(self, step: int, tree: Any, run: dict[str, Any]) -> None:
         import orbax.checkpoint as ocp
 
-        self._manager.save(step, args=ocp.args.PyTreeSave(tree), custom_metadata=of, force=True)
+        self._manager.save(step, args=ocp.args.PyTreeSave(tree), custom_metadata=run, force=True)
 
 
 def _saved(state: TrainState) -> dict[str, Any]:

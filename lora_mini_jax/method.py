@@ -111,10 +111,14 @@ class Method(Settings, ABC):
         """What is added to ``x @ kernel``: linear in ``x`` ``(..., in)``, gives ``(..., out)``."""
 
     def delta_beside(
-        self, product: jax.Array, x: jax.Array, kernel: jax.Array, factors: Factors
+        self,
+        product: Callable[[], jax.Array],
+        x: jax.Array,
+        kernel: jax.Array,
+        factors: Factors,
     ) -> jax.Array:
-        """`delta` where the layer's own ``product``, ``x @ kernel``, is at hand. Override it where
-        the update is made of that, and `delta` would multiply once more."""
+        """`delta` where the layer's own product is at hand: ``product()`` is ``x @ kernel``.
+        Override it where the update is made of that, and `delta` would multiply once more."""
         return self.delta(x, kernel, factors)
 
     @abstractmethod
@@ -146,6 +150,11 @@ class Method(Settings, ABC):
     def sized(self, size: int, n_in: int, n_out: int) -> "Method":
         """The same method at another size for one kernel: what a parameter budget turns."""
         raise UserError(f"{self.name} has no size to fit a budget with")
+
+    def sizes(self) -> frozenset[str]:
+        """The settings that `sized` chooses."""
+        small, large = (self.sized(size, 2**20, 2**20) for size in (8, 64))
+        return frozenset(n for n in self.field_names() if getattr(small, n) != getattr(large, n))
 
     def rows(self, ids: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
         """What is added to ``kernel[ids]``, for an embedding table; ``ids`` are int32, from 0.

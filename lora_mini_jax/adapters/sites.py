@@ -125,6 +125,11 @@ def check_sites(sites: Iterable[Site], new: bool = True) -> None:
         )
 
 
+def methods_of(sites: Iterable[Site]) -> list[Method]:
+    """The methods of some sites, each once, in their order."""
+    return list(dict.fromkeys(site.method for site in sites))
+
+
 def by_method(sites: Iterable[Site]) -> dict[Method, list[str]]:
     """The paths of the kernels with leaves of their own, by their method."""
     groups: dict[Method, list[str]] = {}

@@ -95,8 +95,11 @@ def _adapted(
         return y + view.outputs(transpose(x)[0])
     lead = len(view.batch)
     if view.plain and stream is None:
-        product = y if view.bias is None else y - view.bias.astype(y.dtype)
-        product = product.reshape(-1, inner.n_out)
+
+        def product() -> Array:
+            own = y if view.bias is None else y - view.bias.astype(y.dtype)
+            return own.reshape(-1, inner.n_out)
+
         delta = method.delta_beside(product, _rows(x), kernel, factors)
     else:
         delta = over_lead(method.delta, lead)(_rows(x, lead), kernel, factors)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from lora_mini_jax import sharding
+from lora_mini_jax.adapters.sites import methods_of
 from lora_mini_jax.data import Batches
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.forecast.absent import simulated, slice_of, uncached
@@ -57,7 +58,7 @@ def plan_step(options: PlanStep) -> Report:
         found = footprint(*what, has_aux=True, parts=options.accumulate)
     return {
         "model": options.model,
-        "methods": [m.to_dict() for m in dict.fromkeys(site.method for site in sites)],
+        "methods": [m.to_dict() for m in methods_of(sites)],
         "mesh": dict(mesh.shape),
         "devices": mesh.size,
         "compiled_for": devices[0].device_kind,

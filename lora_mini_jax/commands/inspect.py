@@ -14,7 +14,7 @@ import optax
 
 from lora_mini_jax import linen
 from lora_mini_jax.adapters.adapter import Adapter, draw
-from lora_mini_jax.adapters.sites import Site
+from lora_mini_jax.adapters.sites import Site, methods_of
 from lora_mini_jax.forecast.flops import dot_flops
 from lora_mini_jax.hardware import without_kernels
 from lora_mini_jax.models.families import family_of_module
@@ -53,7 +53,7 @@ def inspect(options: Inspect) -> Report:
     stored = jax.tree.leaves(adapter.without_scratch(adapter.kept()))
     report = {
         "model": options.model,
-        "methods": [m.to_dict() for m in dict.fromkeys(site.method for site in sites)],
+        "methods": [m.to_dict() for m in methods_of(sites)],
         "kernels": [kernel(site, adapter) for site in sites],
         "model_parameters": total,
         "trainable": trainable,

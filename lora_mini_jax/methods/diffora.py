@@ -94,7 +94,7 @@ class DiffoRA(Method):
             raise UserError(f"dropout is the inner method's: --inner '{name}(dropout=...)'")
 
     stored, scratch, needs_data = _inner("stored"), _inner("scratch"), _inner("needs_data")
-    gradient_rank, from_data = _inner("gradient_rank"), _inner("from_data")
+    gradient_rank, from_data, sizes = _inner("gradient_rank"), _inner("from_data"), _inner("sizes")
 
     def init(self, key: jax.Array, kernel: jax.Array) -> tuple[Factors, Factors]:
         trainable, frozen = self.inner.init(key, kernel)

@@ -1,5 +1,6 @@
 """DoRA (Liu et al., arXiv 2402.09353): a kernel's columns as magnitude and direction."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -58,14 +59,18 @@ class DoRA(LowRank):
         return factors["A"], self.scale * factors["B"]
 
     def delta(self, x: jax.Array, kernel: jax.Array, factors: Factors) -> jax.Array:
-        return self.delta_beside(x @ kernel.astype(x.dtype), x, kernel, factors)
+        return self.delta_beside(lambda: x @ kernel.astype(x.dtype), x, kernel, factors)
 
     def delta_beside(
-        self, product: jax.Array, x: jax.Array, kernel: jax.Array, factors: Factors
+        self,
+        product: Callable[[], jax.Array],
+        x: jax.Array,
+        kernel: jax.Array,
+        factors: Factors,
     ) -> jax.Array:
         # In float32, for a narrow sum would lose a small update; and multiplied by the gain once,
         # so that devices exchange its gradient once.
-        base = float32(product)
+        base = float32(product())
         moved = base + float32(super().delta(x, kernel, factors))
         return (moved * self._gain(kernel, factors) - base).astype(x.dtype)
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.errors import UserError, first_line
 from lora_mini_jax.models.tensors import Tensor
 
 Index = tuple[slice, ...]
@@ -64,9 +64,8 @@ def _place(
     try:
         places = sharding.addressable_devices_indices_map(shape)
     except ValueError as error:
-        why = next(iter(str(error).splitlines()), "")
-        raise UserError(f"{name} {shape} cannot be sharded so: {why}: give another sharding"
-                        ) from None  # fmt: skip
+        raise UserError(f"{name} {shape} cannot be sharded so: {first_line(error, 1000)}: give "
+                        "another sharding") from None  # fmt: skip
     pieces, last, value = [], None, None
     for device, index in places.items():
         if value is None or index != last:

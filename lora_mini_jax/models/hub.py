@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.errors import UserError, first_line
 from lora_mini_jax.models.checks import is_ids
 from lora_mini_jax.models.families import DECODERS, family_of
 from lora_mini_jax.models.family import Family
@@ -40,10 +40,10 @@ def resolve(path_or_id: str | os.PathLike[str], revision: str | None = None) -> 
     try:
         return _downloaded(os.fspath(path_or_id), revision)
     except Exception as error:  # the hub client raises many kinds, and all mean the same here
-        why = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
             f"{str(path_or_id)!r} is neither a local folder nor reachable on the hub "
-            f"({type(error).__name__}: {why}): give a folder with config.json or a hub id"
+            f"({type(error).__name__}: {first_line(error, 1000)}): give a folder with config.json "
+            "or a hub id"
         ) from error
 
 

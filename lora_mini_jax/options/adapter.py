@@ -94,11 +94,7 @@ class AdapterOptions(MethodOptions):
         if self.parsed_overrides():
             raise UserError(f"--budget {budget} chooses one size for all kernels: leave out "
                             "--overrides")  # fmt: skip
-        method = self.adapter_method()
-        method = getattr(method, "inner", method)
-        small, large = (method.sized(size, 2**20, 2**20) for size in (8, 64))
-        sizes = (n for n in method.field_names() if getattr(small, n) != getattr(large, n))
-        if chosen := sorted(self.parsed_settings().keys() & sizes):
+        if chosen := sorted(self.parsed_settings().keys() & self.adapter_method().sizes()):
             raise UserError(f"--budget {budget} chooses {', '.join(map(flag, chosen))}: leave out "
                             "the one or the other")  # fmt: skip
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 from lora_mini_jax.adapters.adapter import Adapter, count
+from lora_mini_jax.adapters.sites import methods_of
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.runs.best import Best
 from lora_mini_jax.runs.folder import Row, RunFolder
@@ -93,7 +94,7 @@ def summarize(
     return {
         "model": options.model,
         "method": options.method,
-        "settings": [m.to_dict() for m in dict.fromkeys(s.method for s in adapter.sites)],
+        "settings": [m.to_dict() for m in methods_of(adapter.sites)],
         "seed": options.seed,
         "steps": max(row["step"] for row in rows),
         "task": options.glue or options.task,

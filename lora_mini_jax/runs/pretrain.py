@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from lora_mini_jax.adapters.adapter import count
+from lora_mini_jax.adapters.sites import methods_of
 from lora_mini_jax.adapters.transform import merge
 from lora_mini_jax.files import writes
 from lora_mini_jax.models import save
@@ -106,7 +107,7 @@ def summarize(options: Pretrain, task: Task, state: TrainState, folder: RunFolde
         "model": f"a Llama of {size:,} parameters, {config.hidden_size} wide and "
         f"{config.num_hidden_layers} layers deep",
         "method": options.method,
-        "settings": [m.to_dict() for m in dict.fromkeys(s.method for s in task.sites)],
+        "settings": [m.to_dict() for m in methods_of(task.sites)],
         "seed": options.seed,
         "steps": int(state.step),
         "parameters": size,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_mini_jax.adapters.adapter import Adapter
-from lora_mini_jax.adapters.sites import Site
+from lora_mini_jax.adapters.sites import Site, methods_of
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.methods import from_dict
@@ -34,7 +34,7 @@ def to_text(
 
     ``drawn_again`` are the frozen leaves that are not saved; a digest of each is.
     """
-    methods = list(dict.fromkeys(site.method for site in adapter.sites))
+    methods = methods_of(adapter.sites)
     flat = flatten(params)
     dtype = jnp.result_type(*{flat[site.target.path].dtype for site in adapter.sites}).name
     record = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from lora_mini_jax.adapters.sites import methods_of
 from lora_mini_jax.processes import on_host
 from lora_mini_jax.training.train import TrainState
 
@@ -15,7 +16,7 @@ def identity(state: TrainState) -> dict[str, Any]:
     """What an adapter is drawn from and what updates it, as JSON: the random key, the methods with
     their settings, and digests of the kernels and of the optimiser's state. A few hundred bytes."""
     sites = state.adapter.sites
-    methods = list(dict.fromkeys(site.method for site in sites))
+    methods = methods_of(sites)
     kernels = [(s.target.path, s.target.shape, methods.index(s.method), s.owner) for s in sites]
     return {
         "key": on_host(state.adapter.key).tolist(),
