@@ -25,6 +25,7 @@ from tqdm import tqdm
 from benchmarks.llama import drawn
 from benchmarks.machine import about, allocator
 from benchmarks.row import Options as Size
+from benchmarks.row import in_turn
 from lora_mini_jax.files import read_object, write_json
 from lora_mini_jax.models import save
 from lora_mini_jax.options.adapter import BASE
@@ -56,7 +57,7 @@ def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), Size(layers=options.layers, width=options.width))
         for turn in tqdm(range(options.rounds), "measure", unit="round"):
-            for name in Random(turn).sample(list(settings), len(settings)):
+            for name in in_turn(settings, turn):
                 runs[name].append(run(Path(folder), settings[name], options.steps))
     steps = {name: [each["step_ms"] for each in found] for name, found in runs.items()}
     rows = []

@@ -11,7 +11,6 @@ the row that keeps the same factors in float32. Bytes are those of `footprint`. 
 import time
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 from statistics import median
 from typing import Any
 
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks.llama import drawn, llama
-from benchmarks.row import Options
+from benchmarks.row import Options, in_turn
 from lora_mini_jax import LoRAMini, TrainState, linen, make_train_step, select, sharding
 from lora_mini_jax.adapters.adapter import draw
 from lora_mini_jax.adapters.sites import plan_sites
@@ -44,11 +43,7 @@ def main() -> None:
         for dtype in ("float32", "bfloat16"):
             rows[-1][f"bytes_{dtype}"] = taken(method, dtype, tokens)
         turns.append(turn(method, params, tokens))
-    times: list[dict[int, float]] = []
-    for number in range(ROUNDS):
-        # Another order each round, so that no row always finds the cache that the same one left.
-        order = Random(number).sample(range(len(turns)), len(turns))
-        times.append({i: turns[i]() for i in order})
+    times = [{i: turns[i]() for i in in_turn(range(len(turns)), n)} for n in range(ROUNDS)]
     for i, row in enumerate(rows):
         kept = KINDS.index(("float32", row["outer_init"]))
         row["step_ms"] = round(1e3 * median(each[i] for each in times), 1)

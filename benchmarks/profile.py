@@ -16,7 +16,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from benchmarks.llama import drawn
 from benchmarks.machine import about
 from benchmarks.rivals import TorchRow, rivals
-from benchmarks.row import Options, Row
+from benchmarks.row import Options, Row, in_turn
 from benchmarks.step import QUICK, build
 from lora_mini_jax.files import write_json
 
@@ -67,7 +66,7 @@ def profiled(options: Options) -> list[dict[str, Any]]:
     for row in rows:
         row.step(params, tokens)
     for turn in tqdm(range(options.rounds), "profile", unit="round"):
-        for row in Random(turn).sample(rows, len(rows)):
+        for row in in_turn(rows, turn):
             profile = jax_profile if isinstance(row, Row) else torch_profile
             turns[row.name].append(list(profile(row, partial(row.step, params, tokens))))
     return [{"name": name, **_summary(found)} for name, found in turns.items()]

@@ -2,10 +2,11 @@
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from random import Random
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -13,6 +14,8 @@ import optax
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.forecast.flops import step_flops
+
+Thing = TypeVar("Thing")
 
 COLUMNS: dict[str, tuple[str, float, str]] = {
     "step_ms": ("step ms", 1, ".1f"), "step_ms_q1": ("q1", 1, ".1f"),
@@ -140,6 +143,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = ([c.rjust(w) for c, w in zip(line, widths, strict=True)] for line in lines)
     return "\n".join("  ".join(line) for line in padded)
+
+
+def in_turn(things: Iterable[Thing], turn: int) -> list[Thing]:
+    """The things in another order each turn, so that no one always finds the cache that the same
+    other left."""
+    listed = list(things)
+    return Random(turn).sample(listed, len(listed))
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

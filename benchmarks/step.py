@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from random import Random
 from statistics import median
 from typing import Any
 from unittest import mock
@@ -34,7 +33,7 @@ from benchmarks.llama import drawn
 from benchmarks.machine import about, device, page_faults
 from benchmarks.picture import picture
 from benchmarks.rivals import Make, rivals
-from benchmarks.row import Options, Row, compiled, failure, loss, markdown, summary, table
+from benchmarks.row import Options, Row, compiled, failure, in_turn, loss, markdown, summary, table
 from benchmarks.saving import saving
 from lora_mini_jax import hardware
 from lora_mini_jax.files import write_json, write_text
@@ -95,8 +94,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
             failed.append({"name": name, "error": failure(error)})
     faults: dict[str, list[int]] = {row.name: [] for row in rows}
     for turn in tqdm(range(options.rounds), "measure", unit="round"):
-        # Another order each round, so that no row always finds the cache that the same one left.
-        for row in Random(turn).sample(rows, len(rows)):
+        for row in in_turn(rows, turn):
             before = page_faults()
             row.step(params, tokens)
             faults[row.name].append(page_faults() - before)
