@@ -79,8 +79,8 @@ def make_mesh(sizes: str = ROWS_ALONE, devices: Sequence[jax.Device] | None = No
     shape = [given.get(name, 1) for name in AXES]
     if min(shape) < 1 or math.prod(shape) != len(chosen):
         raise UserError(
-            f"mesh {sizes!r} is not for the {len(chosen)} devices there are: give sizes from 1 "
-            "that multiply to it, one of them perhaps -1 for what is left"
+            f"mesh {sizes!r} does not fit the number of devices, {len(chosen)}: give sizes from 1 "
+            "that multiply to it; one may be -1, for all that remain"
         )
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=chosen)
 
@@ -111,7 +111,7 @@ def of_params(
     check_fit(params, targets)
     paths = [target.path for target in targets]
     if dead := [p for p in rules or {} if not any(re.search(p, path) for path in paths)]:
-        raise UserError(f"{', '.join(map(repr, dead))} matches no kernel: there are "
+        raise UserError(f"{', '.join(map(repr, dead))} matches no kernel; "
                         f"{listing(targets)}")  # fmt: skip
     flat = dict.fromkeys(flatten(params), NamedSharding(mesh, PartitionSpec()))
     for target in targets:

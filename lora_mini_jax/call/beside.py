@@ -16,7 +16,7 @@ from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.algebra.draws import as_key, fold_path, split_key
 from lora_mini_jax.call.views import View
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.selection import listing
+from lora_mini_jax.layers import brief
 from lora_mini_jax.tree import check_fit, dense, flatten, unflatten
 
 Array = jax.Array
@@ -77,10 +77,10 @@ def called_sites(adapter: Adapter) -> dict[str, Site]:
 def check_used(sites: Mapping[str, Site], used: Collection[str]) -> None:
     """Raise `UserError` unless the call used every adapted kernel."""
     if len(used) < len(sites):
-        unused = [site.target for path, site in sites.items() if path not in used]
+        unused = [path for path in sites if path not in used]
         raise UserError(
             f"this call used {len(used)} of {len(sites)} adapted kernels; never used: "
-            f"{listing(unused)}. Adapt only kernels that targets() lists for this call"
+            f"{brief(unused)}. Adapt only kernels that targets() lists for this call"
         )
 
 

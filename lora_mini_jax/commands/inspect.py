@@ -18,6 +18,7 @@ from lora_mini_jax.adapters.sites import Site, methods_of
 from lora_mini_jax.forecast.flops import dot_flops
 from lora_mini_jax.hardware import without_kernels
 from lora_mini_jax.models.families import family_of_module
+from lora_mini_jax.models.family import first
 from lora_mini_jax.models.hub import load_module
 from lora_mini_jax.options import Inspect
 from lora_mini_jax.settings.spec import to_spec
@@ -104,7 +105,7 @@ def planned_sites(options: Inspect, model: nn.Module) -> tuple[Site, ...]:
     """Which method adapts which kernel; of an encoder, of those that are below any head."""
     trunk = family_of_module(model).trunk
     kernels, everything = (
-        [t for t in each if not trunk or t.path.split("/")[0] in trunk]
+        [t for t in each if not trunk or first(t.path) in trunk]
         for each in all_targets(model)
     )
     return sites_among(options, kernels, everything)

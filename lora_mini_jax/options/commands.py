@@ -40,7 +40,7 @@ class Inspect(AdapterOptions):
     """Tokens in a row of that batch, of a T5 on either side; by default 256, or what the model was
     made for where that is less."""
     config_only: bool = False
-    """Skip the step's FLOPs, which take tracing the whole model's gradients."""
+    """Leave the step's FLOPs out, which take tracing the whole model's gradients."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -74,7 +74,7 @@ class Generate:
     top_p: float = 1.0
     """Sample from the smallest set of likeliest tokens of this probability."""
     seed: int = 0
-    """Of the sampling; the same seed gives the same text."""
+    """Seed of the sampling; the same seed gives the same text."""
     allow_different_base: bool = False
     """Go on although the adapter was trained on other weights."""
 
@@ -124,7 +124,7 @@ class Merge:
     model: str | None = None
     """The base model: folder or hub id; by default the one the adapter was trained on."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the written weights; a narrow one can lose a small update."""
+    """Numbers of the written weights; a narrow one can lose a small update."""
     allow_different_base: bool = False
     """Go on although the adapter was trained on other weights."""
 

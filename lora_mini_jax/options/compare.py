@@ -31,6 +31,9 @@ class Compare(Finetune):
     """The folder of the comparison; every run has its own inside."""
     methods: tuple[str, ...] = ("lora-mini", "lora")
     """Methods, each with its own settings: lora-mini:rank=4,a=32,b=32,learning_rate=0.02 ..."""
+    settings: tuple[str, ...] = ()
+    """Settings of all the methods that have them, rank=4; or each as a flag of its own: --rank 4.
+    What a method's own words in --methods say goes before."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Every method is run with every seed."""
 

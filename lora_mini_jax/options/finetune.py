@@ -70,9 +70,9 @@ class Finetune(Training, AdapterOptions, LabelOptions):
     """Keep the base's linear kernels in 8 or 4 bits (needs qwix). Use it with --remat full, or the
     backward pass keeps dense kernels, and little memory is saved."""
     epochs: float = 2.0
-    """Passes over the training data; max_steps, where given, goes before."""
+    """Passes over the training data; --max-steps overrides it."""
     max_steps: int | None = None
-    """Updates in all, be they less than an epoch or many, whatever epochs says."""
+    """Updates in all, less than an epoch or many; overrides --epochs."""
     lora_plus_ratio: float = 1.0
     """LoRA+: the learning rate of every factor B is this many times that of the others."""
 

@@ -22,7 +22,8 @@ class LabelOptions:
     """What the model learns, and which of its states is kept."""
 
     task: Literal["language", "classification", "regression"] = "language"
-    """Continue text; or, with an encoder, tell a text's class or a number for it."""
+    """language: continue text. classification, regression: tell, with an encoder, a text's class or
+    a number for it."""
     glue: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"] | None = (
         None
     )

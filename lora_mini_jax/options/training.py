@@ -57,15 +57,16 @@ class Training(MethodOptions):
     seed: int = 0
     """Fixes the adapter's initial values, the order of the data and all else that is random."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the base and the computation; trained leaves and optimiser state are float32 always."""
+    """Numbers of the base model and of the computation; trained leaves and the optimiser's state are
+    float32 always."""
     remat: Remat = "none"
     """Recompute parts of each layer in the backward pass, to save memory: all but the results of
     matrix products (dots), those of attention too (dots_no_batch), or everything (full)."""
     accumulate: int = 1
-    """Take every batch in so many parts, one after the other, to save memory."""
+    """Split every batch into this many parts, one after the other, to save memory."""
     mesh: str = ""
-    """Devices to share the work, by axis: data=2,fsdp=4,tensor=1, one of them perhaps -1 for what
-    is left; by default one device, or with several processes data=-1."""
+    """Devices to share the work, by axis: data=2,fsdp=4,tensor=1. One size may be -1: all
+    remaining devices. By default one device, or with several processes data=-1."""
     coordinator: str | None = None
     """For several processes, each started with the same command: auto on TPU pods, under Slurm and
     on Kubernetes; else host:port of process 0."""

@@ -8,6 +8,7 @@ from lora_mini_jax import linen
 from lora_mini_jax.adapters.budget import within
 from lora_mini_jax.adapters.sites import Site, check_sites, plan_sites
 from lora_mini_jax.models.families import family_of_module
+from lora_mini_jax.models.family import first
 from lora_mini_jax.options import AdapterOptions, one_or_names
 from lora_mini_jax.selection import select
 from lora_mini_jax.tree import Target, parameters
@@ -30,7 +31,7 @@ def planned_sites(
     says what is. A kernel of that head is the method's only where ``target_modules`` names it.
     """
     kernels, everything = all_targets(model)
-    head = [t for t in everything if trunk and t.path.split("/")[0] not in trunk]
+    head = [t for t in everything if trunk and first(t.path) not in trunk]
     return sites_among(options, kernels, everything, head)
 
 
