@@ -57,8 +57,8 @@ class Training(MethodOptions):
     seed: int = 0
     """Fixes the adapter's initial values, the order of the data and all else that is random."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Numbers of the base model and of the computation; trained leaves and the optimiser's state are
-    float32 always."""
+    """Numbers of the base model and of the computation; trained leaves and the optimiser's state
+    are float32 always."""
     remat: Remat = "none"
     """Recompute parts of each layer in the backward pass, to save memory: all but the results of
     matrix products (dots), those of attention too (dots_no_batch), or everything (full)."""
