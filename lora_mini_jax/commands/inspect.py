@@ -105,8 +105,7 @@ def planned_sites(options: Inspect, model: nn.Module) -> tuple[Site, ...]:
     """Which method adapts which kernel; of an encoder, of those that are below any head."""
     trunk = family_of_module(model).trunk
     kernels, everything = (
-        [t for t in each if not trunk or first(t.path) in trunk]
-        for each in all_targets(model)
+        [t for t in each if not trunk or first(t.path) in trunk] for each in all_targets(model)
     )
     return sites_among(options, kernels, everything)
 
