@@ -67,9 +67,9 @@ class Target:
         """Columns of one matrix: the size of the output axes."""
         return math.prod(self._sizes(self.outs))
 
-    def matrix(self, kernel: jax.Array) -> jax.Array:
-        """The stored kernel as ``(*lead, in, out)``."""
-        return kernel.transpose(self._order()).reshape(*self.lead, self.n_in, self.n_out)
+    def matrix(self, kernel: Any) -> jax.Array:
+        """The stored kernel, dequantised if it is `quantized`, as ``(*lead, in, out)``."""
+        return dense(kernel).transpose(self._order()).reshape(*self.lead, self.n_in, self.n_out)
 
     def unmatrix(self, matrix: jax.Array) -> jax.Array:
         """The inverse of `matrix`: ``(*lead, in, out)`` back to the stored shape."""
@@ -151,8 +151,10 @@ def unflatten(flat: Mapping[str, Any], like: Any = None) -> Any:
     return type(like)(tree) if hasattr(like, "unfreeze") else tree
 
 
-def matrices(params: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, jax.Array]:
-    """Each target's kernel as ``(*lead, in, out)``; errors as `check_fit`."""
+def kernels_of(params: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
+    """Each target's kernel as it is stored, by path; errors as `check_fit`. `Target.matrix` makes a
+    matrix of one, and who takes one after the other never has more than one quantised kernel dense.
+    """
     targets = tuple(targets)
     check_fit(params, targets)
     flat = flatten(params)
@@ -161,10 +163,10 @@ def matrices(params: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, 
             "these parameters are shapes without arrays: give arrays, or ask for shapes of the "
             "result, jax.eval_shape(lambda params: init(params, ...), params)"
         )
-    return {target.path: target.matrix(dense(flat[target.path])) for target in targets}
+    return {target.path: flat[target.path] for target in targets}
 
 
-def check_real(kernels: Mapping[str, jax.Array]) -> None:
+def check_real(kernels: Mapping[str, Any]) -> None:
     """Raise one `UserError` listing every kernel that is not of real floating numbers."""
     wrong = [f"{path} is {kernel.dtype}" for path, kernel in kernels.items()
              if not jnp.issubdtype(kernel.dtype, jnp.floating)]  # fmt: skip

@@ -18,7 +18,7 @@ from lora_mini_jax.adapters.sites import Site, by_method, plan_sites
 from lora_mini_jax.algebra.draws import as_key, fold_path, split_key
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors, Method
-from lora_mini_jax.tree import Target, check_real, matrices, over_lead
+from lora_mini_jax.tree import Target, check_real, kernels_of, over_lead
 
 
 @partial(
@@ -152,20 +152,20 @@ def draw(
     none is ever whole on one device.
     """
     key = as_key(key)
-    kernels = matrices(params, [site.target for site in sites])
+    kernels = kernels_of(params, [site.target for site in sites])
     check_real(kernels)
     trainable, frozen = {}, {}
     for site in sites:
         if site.owner:
             continue
-        path = site.target.path
+        path, how = site.target.path, replace(site.target, path="")  # alike ones compile once
         own = key if site.method.shares_draw else fold_path(key, path)
         drawing = jax.jit(
             _draw_one,
-            static_argnums=0,
+            static_argnums=(0, 1),
             out_shardings=(places.trainable[path], places.frozen[path]) if places else None,
         )
-        trainable[path], frozen[path] = drawing(site.method, own, kernels[path])
+        trainable[path], frozen[path] = drawing(site.method, how, own, kernels[path])
     return Adapter(trainable, frozen, jax.random.key_data(key), sites)
 
 
@@ -208,9 +208,12 @@ def count(adapter: Adapter) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(adapter.trainable))
 
 
-def _draw_one(method: Method, key: jax.Array, kernels: jax.Array) -> tuple[Factors, Factors]:
+def _draw_one(
+    method: Method, target: Target, key: jax.Array, kernel: Any
+) -> tuple[Factors, Factors]:
     """The leaves of one site, a matrix at a time. Compiled always, so that drawing them again gives
-    the same bits: what XLA fuses rounds differently from the same operations one by one."""
-    lead = kernels.shape[:-2]
+    the same bits: what XLA fuses rounds differently from the same operations one by one. And a
+    quantised kernel of which a method wants the shape alone is not dequantised."""
+    kernels, lead = target.matrix(kernel), target.lead
     keys = jnp.broadcast_to(key, lead) if method.shares_draw else split_key(key, lead)
     return over_lead(method.init, len(lead))(keys, kernels)

@@ -23,7 +23,7 @@ from lora_mini_jax.method import Factors
 from lora_mini_jax.methods import LoRA
 from lora_mini_jax.methods.full import Full
 from lora_mini_jax.settings.checks import require_choice, require_number, require_whole
-from lora_mini_jax.tree import Target, check_fit, dense, flatten, float32, over_lead
+from lora_mini_jax.tree import Target, check_fit, flatten, float32, over_lead
 
 How = Literal["linear", "cat", "ties", "dare_linear", "dare_ties", "magnitude_prune", "svd",
               "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"]  # fmt: skip
@@ -92,7 +92,7 @@ def combine(
     for path, own in _by_path(adapters, weights).items():
         target, stream = own[0][0].target, fold_path(key, path)
         if how.endswith("svd"):
-            found = _fitted(own, target.matrix(dense(flat[path])), mix, stream, rank)
+            found = _fitted(own, target.matrix(flat[path]), mix, stream, rank)
         else:
             found = _factorwise(own, how, mix, stream)
         width = found["A"].shape[-1]

@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_mini_jax.adapters.adapter import Adapter, check_adapter, check_calibrated
 from lora_mini_jax.method import Factors, Method
-from lora_mini_jax.tree import check_fit, flatten, matrices, over_lead, unflatten
+from lora_mini_jax.tree import check_fit, flatten, kernels_of, over_lead, unflatten
 
 SUFFIX = "_adapter"
 """Beside ``kernel``, a joined tree holds ``kernel_adapter: {"trainable": ..., "frozen": ...}``."""
@@ -110,11 +110,11 @@ def _change(
 ) -> dict[str, Any]:
     check_adapter(adapter)
     check_calibrated(adapter)
-    kernels, flat = matrices(params, [s.target for s in adapter.sites]), flatten(params)
+    kernels, flat = kernels_of(params, [s.target for s in adapter.sites]), flatten(params)
     factors = adapter.factors()
     for site in adapter.sites:
         target, path = site.target, site.target.path
         change = over_lead(choose(site.method), len(target.lead))
-        changed = change(kernels[path], factors[path])
+        changed = change(target.matrix(kernels[path]), factors[path])
         flat[path] = target.unmatrix(changed).astype(flat[path].dtype)
     return unflatten(flat, params)

@@ -59,7 +59,7 @@ def fit(
     state = devices.state(TrainState.create(adapter, tx, options.seed, copy=False))
     every = options.eval_every or task.eval_every
     evaluate = make_evaluate(task, devices)
-    step: Any = make_train_step(
+    step = make_train_step(
         task.loss, tx, has_aux=True, parts=options.accumulate, like=state if devices.mesh else None
     )
     with Checkpoints(folder.checkpoints) as checkpoints:
@@ -80,8 +80,9 @@ def fit(
                 meter.evaluated(evaluate(state.adapter))
             for done, batch in enumerate(meter.waits(batches), start + 1):
                 if done == start + 1:
-                    step = step.lower(state, task.params, batch).compile()
-                    meter.compiled(step)
+                    # JAX keeps the program, and the call takes it: the compiled object itself would
+                    # refuse 4-bit arrays that are on a mesh, for it compares layouts.
+                    meter.compiled(step.lower(state, task.params, batch).compile())
                 state, metrics = step(state, task.params, batch)
                 meter.add(metrics, tokens(batch["segment_ids"]))
                 evaluated = done < steps and _due(done, every, steps)

@@ -29,7 +29,7 @@ from lora_mini_jax.selection import select
 from lora_mini_jax.tasks.devices import Devices
 from lora_mini_jax.tasks.language import LanguageTask, check_length
 from lora_mini_jax.tasks.sites import all_targets
-from lora_mini_jax.tree import flatten, matrices, unflatten
+from lora_mini_jax.tree import flatten, unflatten
 
 
 def prepare(options: Pretrain) -> LanguageTask:
@@ -115,8 +115,8 @@ def begin(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
     draws the weights to zero, and not their distance from where they began.
     """
     flat, trainable = flatten(params), dict(adapter.trainable)
-    whole = [site.target for site in adapter.sites if isinstance(site.method, Full)]
-    for path, weights in matrices(params, whole).items():
-        trainable[path] = {"dense": weights}
+    for target in (site.target for site in adapter.sites if isinstance(site.method, Full)):
+        path = target.path
+        trainable[path] = {"dense": target.matrix(flat[path])}
         flat[path] = jnp.zeros_like(flat[path])
     return unflatten(flat), adapter.with_trainable(trainable)

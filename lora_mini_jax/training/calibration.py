@@ -20,7 +20,7 @@ from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.methods.full import Full
 from lora_mini_jax.training.gradient import LossFn, parted
-from lora_mini_jax.tree import float32, matrices, over_lead
+from lora_mini_jax.tree import Target, float32, kernels_of, over_lead
 
 PASSES = 3
 """Over the batches: one finds a space, the next betters it, the last one looks inside it."""
@@ -67,17 +67,17 @@ def calibrate(
     if not batches:
         raise UserError("factors that come from data need at least one batch")
     found = _seen(sites, params, loss_fn, batches, has_aux)
-    kernels, frozen = matrices(params, [site.target for site in sites]), dict(adapter.frozen)
+    kernels, frozen = kernels_of(params, [s.target for s in sites]), dict(adapter.frozen)
     for site in sites:
-        path = site.target.path
-        made = _make(site.method, len(site.target.lead), kernels[path], found[path])
+        path, how = site.target.path, replace(site.target, path="")  # alike ones compile once
+        made = _make(site.method, how, kernels[path], found[path])
         frozen[path] = jax.block_until_ready(made)  # one program at a time, see `_summed_gradient`
     return replace(adapter, frozen=frozen)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _make(method: Method, lead: int, kernel: Any, seen: Factors) -> Factors:
-    return over_lead(method.from_data, lead)(kernel, seen)
+def _make(method: Method, target: Target, kernel: Any, seen: Factors) -> Factors:
+    return over_lead(method.from_data, len(target.lead))(target.matrix(kernel), seen)
 
 
 def _seen(sites: list[Site], params: Any, loss_fn: Any, batches: list[Any], has_aux: bool) -> Any:
