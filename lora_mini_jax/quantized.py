@@ -11,6 +11,7 @@ one layer.
 Imported at the first use of ``lora_mini_jax.quantized``.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from flax.core import meta
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.selection import select
@@ -131,7 +134,8 @@ def quantized(kernel: jax.Array, target: Target, bits: Bits) -> Quantized:
     except ImportError:
         raise UserError("quantised kernels need qwix: pip install qwix") from None
     require_choice("bits", bits, Bits)
-    return Quantized(_quantized(kernel, replace(target, path=""), bits), kernel.dtype, bits)
+    array = _quantized(kernel, replace(target, path=""), bits)
+    return Quantized(_split_as(kernel, array), kernel.dtype, bits)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -142,6 +146,26 @@ def _quantized(kernel: jax.Array, target: Target, bits: Bits) -> Any:
     for _ in range(target.stack):
         quantise = partial(jax.lax.map, quantise)
     return quantise(kernel)
+
+
+def _split_as(kernel: jax.Array, array: Any) -> Any:
+    """The array's values and scales over the devices that the kernel is split over, each axis that
+    can be: XLA would choose for itself."""
+    where = None if isinstance(kernel, Tracer) else getattr(kernel, "sharding", None)
+    if not isinstance(where, NamedSharding):
+        return array
+    mesh, spec = where.mesh, where.spec
+
+    def divides(axes: Any, size: int) -> bool:
+        names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+        return size % math.prod(mesh.shape[name] for name in names) == 0
+
+    def place(leaf: jax.Array) -> jax.Array:
+        own = (axes if divides(axes, size) else None
+               for axes, size in zip(spec, leaf.shape, strict=False))  # fmt: skip
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*own)))
+
+    return jax.tree.map(place, array)
 
 
 def _one_quantized(kernel: jax.Array, *, ins: tuple[int, ...], bits: Bits) -> Any:

@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -88,7 +89,8 @@ def make_mesh(sizes: str = ROWS_ALONE, devices: Sequence[jax.Device] | None = No
 def of_params(
     mesh: Mesh, params: Mapping[str, Any], targets: Iterable[Target], rules: Rules | None = None
 ) -> dict[str, Any]:
-    """The sharding of every parameter, as a tree like ``params``.
+    """The sharding of every parameter, as a tree like ``params``; of a quantised kernel that of
+    each of its arrays.
 
     Args:
         mesh: as from `make_mesh`.
@@ -113,15 +115,13 @@ def of_params(
     if dead := [p for p in rules or {} if not any(re.search(p, path) for path in paths)]:
         raise UserError(f"{', '.join(map(repr, dead))} matches no kernel; "
                         f"{listing(targets)}")  # fmt: skip
-    flat = dict.fromkeys(flatten(params), NamedSharding(mesh, PartitionSpec()))
+    whole, flat = NamedSharding(mesh, PartitionSpec()), flatten(params)
+    places = {path: jax.tree.map(lambda _: whole, leaf) for path, leaf in flat.items()}
     for target in targets:
-        spec: list[str | None] = [None] * len(target.shape)
-        for axes, side in zip((target.ins, target.outs), _sides(target, rules), strict=True):
-            if axes:  # the first of several is the slowest, so that the flat side is split alike
-                at = target.stack + axes[0]
-                spec[at] = _dividing(mesh, side, target.shape[at])
-        flat[target.path] = NamedSharding(mesh, PartitionSpec(*spec))
-    return unflatten(flat)
+        # The values of a quantised kernel, and its scales: each as far as it can be split.
+        of = partial(_of_kernel, mesh, target, _sides(target, rules))
+        places[target.path] = jax.tree.map(lambda leaf, of=of: of(leaf.shape), flat[target.path])
+    return unflatten(places)
 
 
 def of_adapter(mesh: Mesh, adapter: Adapter, rules: Rules | None = None) -> Adapter:
@@ -179,6 +179,15 @@ def _sides(target: Target, rules: Rules | None) -> Sides:
         return None, None
     patterns = chain((rules or {}).items(), RULES.items())
     return next((sides for pattern, sides in patterns if re.search(pattern, target.path)), _OTHERS)
+
+
+def _of_kernel(mesh: Mesh, target: Target, sides: Sides, shape: tuple[int, ...]) -> NamedSharding:
+    spec: list[str | None] = [None] * len(shape)
+    for axes, side in zip((target.ins, target.outs), sides, strict=True):
+        if axes:  # the first of several is the slowest, so that the flat side is split alike
+            at = target.stack + axes[0]
+            spec[at] = _dividing(mesh, side, shape[at])
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def _of_leaf(

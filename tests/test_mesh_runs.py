@@ -88,10 +88,18 @@ def test_a_quantised_base_trains(alone):
     assert 0 < abs(summary["valid_loss_before"] - before) < 0.3
 
 
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_a_quantised_base_trains_the_same_on_a_mesh(alone, bits):
+    how: dict[str, Any] = {"quantize": bits, "remat": "full", "scan_layers": True}
+    for name, mesh in ((f"one-{bits}", ""), (f"split-{bits}", "data=2,fsdp=2,tensor=2")):
+        finetune(given(alone, name, **how, mesh=mesh), say=lambda line: None)
+    same(alone, f"split-{bits}", f"one-{bits}")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"mesh": "data=3"}, "8 devices"),
+        ({"mesh": "data=3"}, "number of devices, 8"),
         ({"mesh": "data=8", "accumulate": 2}, "multiple of 8"),
         ({"accumulate": 3}, "--accumulate 3 does not divide --batch-size 8"),
     ],

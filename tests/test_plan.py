@@ -141,9 +141,12 @@ def test_the_loss_is_that_of_training_dropout_included(tmp_path: Path):
     assert dropping["adapter"] == plain["adapter"]
 
 
-def test_a_quantised_base_is_planned_as_it_is_read(tmp_path: Path):
+@pytest.mark.parametrize(("bits", "mesh"), [("nf4", ""), ("nf4", "fsdp=2,tensor=4"),
+                                            ("int8", "data=2,fsdp=4")])  # fmt: skip
+def test_a_quantised_base_is_planned_as_it_is_read(tmp_path: Path, bits: Any, mesh: str):
     pytest.importorskip("qwix")
-    options = replace(runs.options(tmp_path), quantize="nf4", scan_layers=True, remat="full")
+    how: dict[str, Any] = {"quantize": bits, "scan_layers": True, "remat": "full", "mesh": mesh}
+    options = replace(runs.options(tmp_path), batch_size=8, **how)
     _, params = load(options.model, **reading(options, load_module(options.model)))
     plan = plan_step(of_plan(options))
     holding: Any = jax.jit(lambda params: 0, keep_unused=True).lower(params).compile()
@@ -160,7 +163,6 @@ def test_what_cannot_be_planned_is_refused_in_a_line(tmp_path: Path):
         (replace(encoder, max_length=25), "--max-length is too large"),
         (replace(encoder, model=decoder.model), "has no head for classification"),
         (replace(decoder, max_length=129), "--max-length 129 exceeds"),
-        (replace(decoder, quantize="nf4", mesh="data=2"), "for one device"),
     ):
         with pytest.raises(UserError, match=line):
             plan_step(options)

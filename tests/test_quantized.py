@@ -1,9 +1,13 @@
 """Quantised kernels are used, adapted, trained beside, merged and exported like dense ones."""
 
+import gc
 import json
+import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -22,14 +26,19 @@ from lora_mini_jax import (
     merge,
     peft,
     select,
+    sharding,
 )
+from lora_mini_jax.adapters import adapter as adapter_module
 from lora_mini_jax.commands.adapters import run_export, run_generate, run_merge
 from lora_mini_jax.methods import DoRA, LoRA, LoRAMini, MiSS, SwitchLoRA
 from lora_mini_jax.models import Llama, LlamaConfig, load, save
+from lora_mini_jax.models.hub import load_module
 from lora_mini_jax.options import Export, Generate, Merge
-from lora_mini_jax.quantized import Quantized, quantize, quantized
+from lora_mini_jax.quantized import Quantized, _quantized, quantize, quantized
 from lora_mini_jax.runs.finetune import finetune
 from lora_mini_jax.saved import storage
+from lora_mini_jax.tasks.devices import reading
+from lora_mini_jax.tasks.sites import all_targets
 from lora_mini_jax.tasks.trained import Trained
 from lora_mini_jax.tree import dense, flatten, unflatten
 from tests import runs
@@ -152,6 +161,58 @@ def test_training_on_a_quantised_base_lowers_the_loss_and_leaves_it_alone():
         losses.append(float(metrics.loss))
     assert losses[-1] < 0.9 * losses[0]
     assert all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(small)))
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+@pytest.mark.parametrize(("shape", "stack"), [((512, 1024), 0), ((8, 256, 256), 1)])
+def test_to_quantise_takes_little_more_than_a_kernel_in_float32_twice(bits, shape, stack):
+    kernel = jax.ShapeDtypeStruct(shape, jnp.float32)
+    program: Any = _quantized.lower(kernel, Target("k", shape, stack), bits).compile()
+    one = 4 * math.prod(shape[stack:])
+    assert program.memory_analysis().temp_size_in_bytes <= 2.5 * one
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), LoRAMini(rank=2, a=4, b=5, outer_init="svd")])
+def test_no_two_quantised_kernels_are_dense_at_once_to_draw_or_to_load_an_adapter(tmp_path, method):
+    targets = [Target(f"layer_{i}/kernel", (128, 256)) for i in range(8)]
+    dense_bytes = 4 * 128 * 256
+    params = {f"layer_{i}": {"kernel": draws(jnp.zeros((128, 256)), i)} for i in range(8)}
+    small = quantize(params, targets, "nf4")
+    del params
+
+    def held() -> int:
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    most, fold = [held()], adapter_module.fold_path
+
+    def watched(*args: Any) -> Any:
+        most.append(held())
+        return fold(*args)
+
+    with mock.patch.object(adapter_module, "fold_path", watched):
+        storage.save(tmp_path / "it", init(small, method, targets), small)
+        loaded = storage.load(tmp_path / "it", small)
+    assert len(most) == 17
+    own = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
+    assert max(most) - most[0] < 2 * own + 1.5 * dense_bytes
+
+
+def test_a_quantised_tree_goes_onto_a_mesh_as_training_reads_it(tmp_path: Any):
+    options = replace(runs.options(tmp_path), quantize="nf4", mesh="fsdp=2,tensor=4")
+    module = load_module(options.model)
+    _, read = load(options.model, **reading(options, module))
+    _, whole = load(options.model)
+    kernels, _ = all_targets(module)
+    small = quantize(whole, select(kernels, "all-linear"), "nf4")
+    mesh = sharding.make_mesh("fsdp=2,tensor=4")
+    put = jax.device_put(small, sharding.of_params(mesh, small, kernels))
+    split = 0
+    for a, b in zip(jax.tree.leaves(put), jax.tree.leaves(read), strict=True):
+        np.testing.assert_array_equal(np.float32(a), np.float32(b))
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+        split += not a.sharding.is_fully_replicated
+    assert split > 7
 
 
 def test_unknown_bits_are_refused():

@@ -10,7 +10,6 @@ import jax
 from lora_mini_jax import sharding
 from lora_mini_jax.adapters.sites import methods_of
 from lora_mini_jax.data import Batches
-from lora_mini_jax.errors import UserError
 from lora_mini_jax.forecast.absent import simulated, slice_of, uncached
 from lora_mini_jax.forecast.footprint import Footprint, footprint, with_shardings
 from lora_mini_jax.options import PlanStep
@@ -38,11 +37,8 @@ def plan_step(options: PlanStep) -> Report:
 
     Raises:
         UserError: what `abstract_task` and `slice_of` raise, a mesh that the batch cannot be split
-            over, a quantised base on one, or a TPU that has not the memory.
+            over, or a TPU that has not the memory.
     """
-    if options.quantize and options.mesh:
-        raise UserError("a plan of a quantised base is for one device: leave --mesh out, or plan "
-                        "the dense base without --quantize")  # fmt: skip
     devices = slice_of(options.tpu, options.mesh) if options.tpu else simulated(options.mesh)
     mesh = sharding.make_mesh(options.mesh or sharding.ROWS_ALONE, devices)
     sharding.check_rows(mesh, options.batch_size // options.accumulate)

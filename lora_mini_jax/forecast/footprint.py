@@ -107,15 +107,12 @@ def footprint(
 
 
 def with_shardings(tree: Any, shardings: Any) -> Any:
-    """The shapes and dtypes of a tree with shardings, of which one may be for several leaves: those
-    of a quantised kernel."""
+    """The shapes and dtypes of a tree with shardings."""
 
-    def place(of: NamedSharding, part: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=of), part
-        )
+    def place(leaf: Any, of: NamedSharding) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=of)
 
-    return jax.tree.map(place, shardings, tree)
+    return jax.tree.map(place, tree, shardings)
 
 
 def _on_cpu(mesh: Mesh) -> bool:
