@@ -19,6 +19,7 @@ Example:
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_mini_jax import hardware
 from lora_mini_jax.adapters.adapter import Adapter
-from lora_mini_jax.call import beside, output
+from lora_mini_jax.call import beside, output, reads
 from lora_mini_jax.call.lookup import check_served, rule_of, target_of, view_of, with_own
 from lora_mini_jax.call.views import (
     RULES,
@@ -43,7 +44,7 @@ from lora_mini_jax.call.views import (
     transposed_dense,
 )
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.tree import Target, check_leaves, flatten, traced
+from lora_mini_jax.tree import Target, check_leaves, flatten, unflatten
 
 __all__ = [
     "Rule",
@@ -100,19 +101,23 @@ def targets(
         found.setdefault(path, target_of(path, tuple(flat[path].shape), seen, view))
 
     def interceptor(next_call: Callable, args: tuple, kw: dict, context: Any) -> Any:
-        used = view_of(context, args, kw, all_rules)
-        if used and beside.of_layer(context.module, used[1], this):
-            record(context.module, *used)
-            served.add(rule_of(type(context.module), all_rules)[0])
-        return next_call(*args, **kw)
+        used, y = view_of(context, args, kw, all_rules), next_call(*args, **kw)
+        if not used or not beside.of_layer(context.module, used[1], this):
+            return y
+        record(context.module, *used)
+        served.add(rule_of(type(context.module), all_rules)[0])
+        return reads.without_kernel(y, used[1])
+
+    def call(flat: Mapping[str, Any], variables: Any, *inputs: Any) -> Any:
+        marked = beside.marked(unflatten(flat), {}, this)
+        out = model.apply({**variables, "params": marked}, *inputs, **kwargs)
+        # What is given back as it was is not read.
+        return out if kwargs.get("mutable", False) is False else out[0]
 
     with nn.intercept_methods(interceptor):
-        traced(
-            lambda v, p, *x: model.apply({**v, "params": p}, *x, **kwargs),
-            variables or {}, beside.marked(params, {}, this), *inputs,
-        )  # fmt: skip
+        read = reads.read_by(call, flat, variables or {}, *inputs)
     check_served(rules or {}, served)
-    return tuple(found[path] for path in flat if path in found)
+    return tuple(replace(found[path], read=path in read) for path in flat if path in found)
 
 
 def adapt(

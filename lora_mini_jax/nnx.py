@@ -18,11 +18,11 @@ from flax import nnx
 
 from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.algebra.draws import as_key
-from lora_mini_jax.call import beside, lookup, output, states, views
+from lora_mini_jax.call import beside, lookup, output, reads, states, views
 from lora_mini_jax.call.streams import refuse_to_draw, reseed
 from lora_mini_jax.call.views import Rules, View, dense, embed, transposed_dense
 from lora_mini_jax.call.watched import watch
-from lora_mini_jax.tree import Target, traced, unflatten
+from lora_mini_jax.tree import Target, unflatten
 
 __all__ = [
     "adapt",
@@ -134,24 +134,25 @@ def targets(
     """
     graph, state, rest = states.split(model)
     all_rules, served = lookup.with_own(RULES, rules), set[type]()
-    shapes = {name: tuple(variable.shape) for name, variable in states.named(state)}
+    flat = {name: variable.get_value() for name, variable in states.named(state)}
     found: dict[str, Target] = {}
 
     def record(module: Any, path: str, view: View, y: Any) -> Any:
-        if path in shapes:
+        if path in flat:
             served.add(lookup.rule_of(type(module), all_rules)[0])
             seen = tuple(getattr(module, view.leaf).shape)
-            found.setdefault(path, lookup.target_of(path, shapes[path], seen, view))
-        return y
+            found.setdefault(path, lookup.target_of(path, tuple(flat[path].shape), seen, view))
+        return reads.without_kernel(y, view) if path in flat else y
 
-    def call(state: nnx.State, *inputs: Any) -> Any:
-        fresh = nnx.merge(graph, state, states.copied(rest))
-        watch(fresh, state, all_rules, record)
+    def call(flat: Mapping[str, Any], *inputs: Any) -> Any:
+        own = states.filled(state, unflatten(flat))
+        fresh = nnx.merge(graph, own, states.copied(rest))
+        watch(fresh, own, all_rules, record)
         return getattr(fresh, method)(*inputs, **kwargs)
 
-    traced(call, state, *inputs)
+    read = reads.read_by(call, flat, *inputs)
     lookup.check_served(rules or {}, served)
-    return tuple(found[path] for path in shapes if path in found)
+    return tuple(replace(found[path], read=path in read) for path in flat if path in found)
 
 
 def adapt(model: nnx.Module, rules: Rules | None = None) -> Callable[..., Any]:

@@ -32,6 +32,8 @@ class Target:
         outs: the axes of the output, counted in the same way.
         kind: ``"linear"``; ``"embed"`` for a table whose rows are looked up; ``"array"`` for a
             parameter that is no kernel (a bias, a scale): one row, all its axes are outputs.
+        read: whether the model uses it past the layer that is adapted too: what is added to the
+            layer's output is then not in all that the model does with it.
 
     Example:
         >>> heads = Target("attn/query/kernel", (64, 4, 16), ins=(0,), outs=(1, 2))
@@ -46,6 +48,7 @@ class Target:
     ins: tuple[int, ...] = (0,)
     outs: tuple[int, ...] = (1,)
     kind: str = "linear"
+    read: bool = False
 
     @property
     def module(self) -> str:
@@ -231,8 +234,11 @@ def _array(path: str, shape: tuple[int, ...]) -> Target:
     return Target(path, shape, ins=(), outs=tuple(range(len(shape))), kind="array")
 
 
-def traced(function: Callable[..., Any], *args: Any) -> Any:
-    """``jax.eval_shape`` in which arrays alone are abstract: a flag among ``args`` stays a flag.
+def traced(
+    function: Callable[..., Any], *args: Any, by: Callable[..., Any] = jax.eval_shape
+) -> Any:
+    """``jax.eval_shape``, or what else traces, ``by(call, arrays)``, in which arrays alone are
+    abstract: a flag among ``args`` stays a flag.
 
     Example:
         >>> traced(lambda x, flag: x.T if flag else x, jnp.ones((2, 3)), True).shape
@@ -245,4 +251,4 @@ def traced(function: Callable[..., Any], *args: Any) -> Any:
         own = [next(rest) if hasattr(leaf, "shape") else leaf for leaf in leaves]
         return function(*structure.unflatten(own))
 
-    return jax.eval_shape(call, [leaf for leaf in leaves if hasattr(leaf, "shape")])
+    return by(call, [leaf for leaf in leaves if hasattr(leaf, "shape")])

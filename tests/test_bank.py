@@ -96,3 +96,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         bank({**own, "latin": init(at.params, LoRA(rank=3), at.targets)})
     with pytest.raises(UserError, match="at least one"):
         bank({})
+    many, x = bank(own), at.tokens
+    for ids, inputs in ((jnp.array([0, 1]), x), (jnp.array([0]), jnp.float32(1))):
+        with pytest.raises(UserError, match=f"{len(ids)} ids, and an input of"):
+            mixed(linen.adapt(at.model))(at.params, many, ids, inputs)

@@ -159,6 +159,7 @@ def test_what_cannot_be_combined_says_why() -> None:
     gated = init(PARAMS, DiffoRA(LoRA(2)), [TARGET])
     down = {"down": {"kernel": jnp.ones((10, 12))}}
     elsewhere = init(down, LoRA(2), [Target("down/kernel", (10, 12))])
+    bare = init(PARAMS, LoRAMini(rank=2, a=4, b=4, outer_init="gradient"), [TARGET])
     refused: Any = combine
     cases: Any = (
         ((two, [1.0]), {}, r"2 adapters with weights \[1.0\]"),
@@ -174,6 +175,7 @@ def test_what_cannot_be_combined_says_why() -> None:
         ((two, WEIGHTS), {"rank": 0}, "rank is 0"),
         (([gated], [1.0]), {}, "up/kernel: diffora has no rank: give rank"),
         (([elsewhere], [1.0]), {}, "down/kernel is missing"),
+        (([bare], [1.0]), {}, "come from data: call lora_mini_jax.calibrate"),
         (([*two[:1], whole], WEIGHTS), {}, "up/kernel is trained whole"),
         (
             ([*two[:1], bat], WEIGHTS),

@@ -542,3 +542,60 @@ def test_rows_are_looked_up_by_numbers_of_any_kind(method: Any):
     merged = {"params": merge(params, adapter)}
     for ids in (jnp.array([[-1, -7], [6, 0]]), jnp.array([6, 5], jnp.uint8)):
         agree(linen.adapt(model)(params, adapter, ids), model.apply(merged, ids))
+
+
+class Up(nn.Module):
+    """A layer that can be scanned."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return jnp.tanh(nn.Dense(6)(x)), None
+
+
+class Reads(nn.Module):
+    """Scanned, recomputed and looped layers, and a head made of the table by hand."""
+
+    by_hand: bool
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        table = nn.Embed(7, 6, name="table")
+        over: Any = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 2}
+        x, _ = nn.scan(nn.remat(Up), **over)()(table(ids), None)
+        again = nn.Dense(6, name="again")
+        x = again(again(x))
+        return x @ table.embedding.T if self.by_hand else table.attend(x)
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_table_that_the_model_reads_itself_is_refused_but_where_it_is_trained_whole(by_hand):
+    model = Reads(by_hand)
+    params = random_params(model, IDS % 7)
+    targets = linen.targets(model, params, IDS % 7)
+    assert [target.path for target in targets if target.read] == ["table/embedding"] * by_hand
+    assert len(targets) == 3
+    method = Full() if by_hand else LoRA(rank=2)
+    adapter = randomised(init(params, method, targets))
+    merged = {"params": merge(params, adapter)}
+    agree(linen.adapt(model)(params, adapter, IDS % 7), model.apply(merged, IDS % 7))
+    if by_hand:
+        with pytest.raises(UserError, match=r"table/embedding .* let the model call the layer"):
+            init(params, LoRA(rank=2), targets)
+
+
+def test_a_kernel_in_a_loop_is_not_taken_for_one_that_the_model_reads():
+    class Loop(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            dense = nn.Dense(4)
+            dense(x)
+
+            def body(module: nn.Module, state: Any) -> Any:
+                return module(state[0]), state[1] + 1
+
+            return nn.while_loop(lambda module, s: s[1] < 3, body, dense, (x, 0))[0]
+
+    model, x = Loop(), draws(jnp.zeros((2, 4)))
+    params = random_params(model, x)
+    (target,) = linen.targets(model, params, x)
+    assert not target.read

@@ -28,7 +28,7 @@ from lora_mini_jax import (
 )
 from lora_mini_jax import nnx as front
 from lora_mini_jax.call import views
-from lora_mini_jax.methods import DoRA, MiSS, SwitchLoRA, VeRA
+from lora_mini_jax.methods import DoRA, Full, MiSS, SwitchLoRA, VeRA
 from tests.cases import draws, randomised
 
 WIDTH, HEADS, LAYERS, VOCAB = 8, 2, 2, 11
@@ -300,12 +300,14 @@ class Shared(nnx.Module):
 def test_a_kernel_of_two_layers_is_not_adapted_in_one_of_them() -> None:
     model, x = Shared(nnx.Rngs(0)), jnp.ones((2, WIDTH))
     params, targets = front.parameters(model), front.targets(model, x)
-    with pytest.raises(UserError, match=r"a/kernel is a variable of several layers"):
-        front.adapt(model)(params, init(params, LoRA(rank=2), targets), x)
-    alone = randomised(init(params, LoRA(rank=2), select(targets, ["c/kernel"])))
-    y = front.adapt(model)(params, alone, x)
-    front.update(model, merge(params, alone))
-    np.testing.assert_allclose(y, model(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"a/kernel .* the model uses it past this layer too"):
+        init(params, LoRA(rank=2), targets)
+    for method, chosen in ((LoRA(rank=2), select(targets, ["c/kernel"])), (Full(), targets)):
+        adapter = randomised(init(params, method, chosen))
+        y = front.adapt(model)(params, adapter, x)
+        front.update(model, merge(params, adapter))
+        np.testing.assert_allclose(y, model(x), rtol=1e-4, atol=1e-5)
+        front.update(model, params)
 
 
 def test_parameters_that_do_not_fit_are_not_written() -> None:
@@ -394,6 +396,34 @@ def test_the_models_own_dropout_is_drawn_from_the_calls_key(kind: Any) -> None:
         assert set(np.unique(kept)) == set(range(LAYERS + 1))
     model.eval()
     np.testing.assert_allclose(front.adapt(model)(params, adapter, x), model(x), atol=1e-6)
+
+
+def test_a_recurrent_model_needs_no_key_for_its_first_state() -> None:
+    model, x = nnx.RNN(nnx.GRUCell(6, 4, rngs=nnx.Rngs(0))), draws(jnp.zeros((2, 5, 6)), 1.0)
+    params, targets = front.parameters(model), front.targets(model, x)
+    adapter = randomised(init(params, LoRA(rank=2), targets))
+    front.update(model, merge(params, adapter))
+    np.testing.assert_allclose(front.adapt(model)(params, adapter, x), model(x), atol=1e-5)
+
+
+class Reading(nnx.Module):
+    """A head that is made of the table by hand, beside a layer that is called."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.table, self.up = nnx.Embed(7, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.up(self.table(ids)) @ self.table.embedding[...].T
+
+
+def test_a_table_that_the_model_reads_itself_is_refused() -> None:
+    model = Reading(nnx.Rngs(0))
+    params, targets = front.parameters(model), front.targets(model, IDS % 7)
+    assert {target.path: target.read for target in targets} == {
+        "table/embedding": True, "up/kernel": False,
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"table/embedding .* the model uses it past"):
+        init(params, LoRA(rank=2), targets)
 
 
 def test_another_method_of_the_model_is_called() -> None:

@@ -23,7 +23,7 @@ Leaves = dict[str, Factors]
     data_fields=("trainable", "frozen", "common", "keys"),
     meta_fields=("sites", "names"),
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bank:
     """Adapters of the same kernels and methods, stacked. Make one with `bank`.
 
@@ -148,7 +148,8 @@ def mixed(apply: Callable[..., Any]) -> Callable[..., Any]:
         same for all rows.
 
     Raises:
-        UserError: from the call, ids that are known and not in the bank.
+        UserError: from the call, ids that are known and not in the bank, and inputs of another
+            number of rows than there are ids.
 
     Example:
         >>> import flax.linen as nn
@@ -163,6 +164,10 @@ def mixed(apply: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(params: Any, bank: Bank, ids: jax.Array, *inputs: Any, **kwargs: Any) -> Any:
         bank._check(ids)
+        rows = [jnp.shape(x)[:1] for x in jax.tree.leaves(inputs)]
+        if wrong := [of for of in rows if of != jnp.shape(ids)]:
+            raise UserError(f"{len(ids)} ids, and an input of {wrong[0][0] if wrong[0] else 'no'} "
+                            "rows: give every row of the batch the id of its adapter")  # fmt: skip
         own = {name: x for name, x in kwargs.items() if jnp.ndim(x) and len(x) == len(ids)}
         rest = {name: x for name, x in kwargs.items() if name not in own}
 

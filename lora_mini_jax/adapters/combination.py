@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lora_mini_jax.adapters.adapter import Adapter, check_adapter
+from lora_mini_jax.adapters.adapter import Adapter, check_adapter, check_calibrated
 from lora_mini_jax.adapters.folding import fold
 from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.algebra.decompositions import top_singular
@@ -62,7 +62,8 @@ def combine(
         seed: of DARE's draws.
 
     Raises:
-        UserError: numbers that do not fit, ranks that differ, kernels trained whole
+        UserError: factors that come from data and have not been made yet; numbers that do not fit,
+            ranks that differ, kernels trained whole
             (``modules_to_save``), or a method that is no product of thin matrices with a ``how``
             that needs one.
 
@@ -85,6 +86,7 @@ def combine(
         )
     for adapter in adapters:
         check_adapter(adapter)
+        check_calibrated(adapter)
     mix = partial(_mixed, how.removesuffix("_svd"), density, majority)
     check_fit(params, [site.target for adapter in adapters for site in adapter.sites])
     flat = flatten(params)

@@ -110,6 +110,10 @@ def check_sites(sites: Iterable[Site], new: bool = True) -> None:
         target, method = site.target, site.method
         if target.kind == "array" and not method.adapts_any_array:
             problems = [f"no kernel, so {method.name} cannot adapt it"]
+        elif target.read and not method.adapts_any_array:
+            problems = ["the model uses it past this layer too, where the update would be missing: "
+                        "train it whole (modules_to_save), or let the model call the layer there, "
+                        "as nn.Embed.attend"]  # fmt: skip
         elif target.kind == "embed" and method.needs_data:
             problems = ["factors of a table are not made from data: take outer_init orthogonal"]
         elif method.any_rank and not new:

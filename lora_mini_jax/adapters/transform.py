@@ -35,6 +35,8 @@ def merge(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
 
 def unmerge(merged: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     """The inverse of `merge` with the same adapter: takes the update out again (in float32).
+    Where a merged kernel does not tell what it was, as DoRA's after a turn of more than a right
+    angle, the result is another kernel; its class says when.
 
     Raises:
         UserError: as `merge`.

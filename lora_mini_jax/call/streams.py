@@ -23,8 +23,9 @@ def reseed(model: nnx.Module, key: jax.Array) -> None:
 
 
 def refuse_to_draw(model: nnx.Module) -> None:
-    """Make every stream of the model raise `UserError` where the model draws from it."""
-    for stream in _streams(model):
+    """Make the streams of the model raise `UserError` where the model draws from them, but for
+    those of initial states: recurrent layers ask them for a key, and then make zeros."""
+    for stream in (each for each in _streams(model) if each.tag != "carry"):
         stream.__class__ = _refusing(type(stream))
 
 

@@ -1,6 +1,5 @@
 """How the layers of an NNX model are made to say when they are called: by a subclass of each."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -12,7 +11,6 @@ from flax import nnx
 
 from lora_mini_jax.call import beside, lookup
 from lora_mini_jax.call.views import Rule, Rules, View
-from lora_mini_jax.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +38,7 @@ def watch(
     act: Callable[[Any, str, View, Any], Any],
     factors: Mapping[str, Mapping[str, jax.Array]] | None = None,
 ) -> None:
-    """Make the layers that have a rule call ``act``, and put the factors beside the kernels.
-
-    Raises:
-        UserError: an adapted kernel that is a variable of more than one layer.
-    """
-    layers = (each for _, each in nnx.iter_graph(model) if isinstance(each, nnx.Module))
-    holders = Counter(id(value) for each in layers for value in vars(each).values())
+    """Make the layers that have a rule call ``act``, and put the factors beside the kernels."""
     for path, variable in nnx.to_flat_state(state):
         layer: Any = model
         for part in path[:-1]:
@@ -58,11 +50,6 @@ def watch(
             layer.__class__ = _watched(type(layer), known)
             layer.adapter_watch = _Watch(name_of(path[:-1]), known, rule, act)
         own = (factors or {}).get(name_of(path), {})
-        if own and holders[id(getattr(layer, str(path[-1])))] > 1:
-            raise UserError(
-                f"{name_of(path)} is a variable of several layers, and would be adapted in one of "
-                "them: let them share the layer itself, or leave this kernel out"
-            )
         beside_it = {name: type(variable)(leaf) for name, leaf in own.items()}
         setattr(layer, str(path[-1]) + beside.SUFFIX, nnx.Dict(beside_it))
 
