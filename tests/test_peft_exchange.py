@@ -461,9 +461,9 @@ BAD = {
     "a pickle": ("has only adapter_model.bin, which is a pickle", None, None),
     "no file": ("no such file: .*adapter_model.safetensors$", None, None),
     "settings": (
-        r"bias='all', layer_replication=\[\[0, 1\]\], .*use_qalora=True, .*"
-        r"init_lora_weights='pissa'.*supported are LORA with r, ",
-        {"bias": "all", "layer_replication": [[0, 1]], "use_qalora": True,
+        r"layer_replication=\[\[0, 1\]\], .*use_qalora=True, .*init_lora_weights='pissa', which is "
+        r"not supported: merge the adapter into its model in PEFT \(merge_and_unload\) and load",
+        {"layer_replication": [[0, 1]], "use_qalora": True,
          "trainable_token_indices": [1], "init_lora_weights": "pissa"},
         None,
     ),
@@ -575,8 +575,10 @@ def test_what_peft_would_do_otherwise_is_refused(tiny: World, tmp_path: Path):
     up, two = Target("up/kernel", (4, 4)), {"up": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}
     bias = next(t for t in parameters(two, [up]) if t.kind == "array")
     both = init(two, LoRA(2), [up], modules_to_save=[bias])
-    with pytest.raises(UserError, match="up: PEFT saves whole modules, and adapted ones not"):
-        save(tmp_path / "out", both, two, names=dotted)
+    gained = {"up": {"kernel": two["up"]["kernel"], "gain": jnp.ones(4)}}
+    gain = init(gained, LoRA(2), [up], modules_to_save=choose(parameters(gained, [up]), "gain"))
+    with pytest.raises(UserError, match="up: PEFT saves whole modules, and of adapted ones the bi"):
+        save(tmp_path / "out", gain, gained, names=dotted)
     whole = choose(parameters(two, [up]), "kernel|bias")
     more = {**two, "rows": {"down": {"kernel": jnp.ones((4, 4))}, "up": two["up"]}}
     down = init(more, LoRA(2), [Target("rows/down/kernel", (4, 4))], modules_to_save=whole)

@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lora_mini_jax.peft.biases import is_setting
+
 
 def _is_regex(value: Any) -> bool:
     try:
@@ -32,6 +34,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("layers_pattern",), lambda v: _each(v, _is_piece), "neither a name nor a list of names"),
     (("use_rslora", "use_dora", "fan_in_fan_out"), lambda v: isinstance(v, bool),
      "neither true nor false"),
+    (("bias",), is_setting, "neither none nor all nor lora_only or the like"),
     (("rank_pattern", "alpha_pattern"), lambda v: isinstance(v, dict),
      "no object of numbers by module"),
 )  # fmt: skip
@@ -45,5 +48,5 @@ def misfits(config: Mapping[str, Any]) -> list[str]:
         >>> misfits({"modules_to_save": "lm_head", "target_modules": None})
         ["modules_to_save is 'lm_head', no list of names"]
     """
-    return [f"{name} is {value!r}, {what}" for names, fits, what in _RULES for name in names
+    return [f"{name} is {value!r:.60}, {what}" for names, fits, what in _RULES for name in names
             if (value := config.get(name)) is not None and not fits(value)]  # fmt: skip

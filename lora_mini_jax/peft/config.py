@@ -9,13 +9,14 @@ from typing import Any
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import read_object
 from lora_mini_jax.method import Method
+from lora_mini_jax.peft.advice import MERGE, way_out
 from lora_mini_jax.peft.checks import misfits
 from lora_mini_jax.peft.kinds import KINDS, kind_of
 
 FILE = "adapter_config.json"
 Config = Mapping[str, Any]
 
-_GENERAL = ("peft_type", "target_modules", "exclude_modules", "modules_to_save",
+_GENERAL = ("peft_type", "target_modules", "exclude_modules", "modules_to_save", "bias",
             "layers_to_transform", "layers_pattern")  # fmt: skip
 # They change nothing of a trained adapter: notes, and the settings of what is off.
 _HARMLESS = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type",
@@ -75,7 +76,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         UserError: a file that is missing or damaged, and settings that are not supported, all in
-            one message with those that are.
+            one message with what to do about them.
     """
     named = sorted(str(file.parent) for file in folder.glob(f"*/{FILE}"))
     if named and not (folder / FILE).exists():
@@ -84,25 +85,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_object(folder / FILE)
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str) or peft_type not in KINDS:
-        raise UserError(f"{folder / FILE} has peft_type {peft_type!r}: supported are {supported()}")
+        raise UserError(f"{folder / FILE} has peft_type {peft_type!r:.60}: supported are "
+                        f"{', '.join(KINDS)}; of another kind, {MERGE}")  # fmt: skip
     kind = KINDS[peft_type]
     known = {*kind.settings, *kind.ignored, *_GENERAL, *_HARMLESS}
     bad = {n: v for n, v in config.items() if n not in known and v not in _OFF}
     bad |= {n: v for n in ("init_lora_weights",) if (v := config.get(n, True)) not in _DRAWN}
     bad |= {n: v for n in ("save_projection",) if (v := config.get(n, True)) is not True}
     if bad:
+        ways = dict.fromkeys(way_out(name, value) for name, value in bad.items())
         raise UserError(
-            f"{folder / FILE} has {', '.join(f'{n}={v!r}' for n, v in bad.items())}, which is not "
-            f"supported: supported are {supported()}"
+            f"{folder / FILE} has {', '.join(f'{n}={v!r:.60}' for n, v in bad.items())}, which is "
+            f"not supported: {MERGE if MERGE in ways else '; '.join(ways)}"
         )
     if lacking := [name for name in kind.required if name not in config]:
         raise UserError(f"{folder / FILE} lacks {', '.join(lacking)}: fetch it again")
     if wrong := misfits(config):
         raise UserError(f"{folder / FILE}: {'; '.join(wrong)}: correct it or fetch it again")
     return config
-
-
-def supported() -> str:
-    """The end of an error message."""
-    kinds = "; ".join(f"{name} with {', '.join(kind.settings)}" for name, kind in KINDS.items())
-    return f"{kinds}; and for all of them {', '.join(_GENERAL[1:])}"

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_mini_jax.adapters.adapter import Adapter
+from lora_mini_jax.adapters.adapter import Adapter, check_calibrated
 from lora_mini_jax.adapters.folding import fold, padded
-from lora_mini_jax.adapters.transform import merge
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import new_folder, write_json, writing
 from lora_mini_jax.method import Factors, Method
@@ -20,9 +19,9 @@ from lora_mini_jax.peft.kinds import KINDS, kind_of
 from lora_mini_jax.peft.kinds.kind import Kind
 from lora_mini_jax.peft.names import Names, Place, llama_names, places
 from lora_mini_jax.peft.tables import obstacle
-from lora_mini_jax.peft.targeting import family_tree, modules_to_save, target_modules
+from lora_mini_jax.peft.targeting import family_tree, target_modules
+from lora_mini_jax.peft.whole import kept_whole
 from lora_mini_jax.processes import together
-from lora_mini_jax.tree import dense, flatten, float32, unflatten
 
 
 class _Piece(NamedTuple):
@@ -50,7 +49,8 @@ def save(
     AdaLoRA, MiSS and VeRA go out as they are; every other method whose update is a product of thin
     matrices (LoRA-Mini, LoRA-XS, PiSSA, OLoRA at twice their rank) as a plain LoRA with
     ``lora_alpha = r``. Kernels that share leaves (`Site.owner`) get a copy each. Full fine-tuning
-    beside the method becomes PEFT's ``modules_to_save``. Tensors are float32.
+    beside the method becomes PEFT's ``modules_to_save``, or its ``bias`` where it is of all biases
+    of the adapted modules or of the model. Tensors are float32.
 
     Args:
         folder: where to; what was there before is replaced.
@@ -69,9 +69,11 @@ def save(
     Raises:
         UserError: a method that has no such form (SwitchLoRA, ReLoRA, full fine-tuning alone;
             as LoRA also DoRA and MiSS in mode bat): merge it instead. MiSS for kernels that
-            are stored (in, out). Kernels that differ in what a PEFT config has one of. A table
-            that the output head or both halves of a T5 share, or that is read without a call of its
-            module (DeBERTa's ``rel_embeddings``, but for full fine-tuning). A disk that is full.
+            are stored (in, out). Kernels that differ in what a PEFT config has one of. The biases
+            of some adapted modules and not of others. A table that the output head or both halves
+            of a T5 share, or that is read without a call of its module (DeBERTa's
+            ``rel_embeddings``, but for full fine-tuning). Factors that come from data and have not
+            been made yet. A disk that is full.
     """
     from safetensors.numpy import save_file
 
@@ -99,6 +101,7 @@ def convert(
     fan_in_fan_out: bool | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors and the config that `save` writes; arguments and errors as there."""
+    check_calibrated(adapter)
     names = names or llama_names(params)
     found = places(params, [site.target for site in adapter.sites], names)
     if fan_in_fan_out is None:
@@ -118,21 +121,18 @@ def convert(
     settings = config.merge_configs(by_module)
     kind = KINDS[settings["peft_type"]]
     arrays = _arrays(pieces, kind)
-    everything = [name for place in found.values() for name in place.tensors]
-    modules = {module for site in whole for module in found[site.target.path].modules}
-    settings |= {
-        "target_modules": target_modules(list(by_module), family_tree(everything)),
-        "modules_to_save": modules_to_save(modules, by_module, everything) or None,
-        "bias": "none",
-    }
+    everything = family_tree(name for place in found.values() for name in place.tensors)
+    settings["target_modules"] = target_modules(list(by_module), everything)
     if "fan_in_fan_out" in kind.settings:
         settings["fan_in_fan_out"] = fan_in_fan_out
     elif fan_in_fan_out:
         name = type(pieces[0].method).__name__
         raise UserError(f"PEFT has no {name} for kernels that are stored (in, out), as GPT-2's "
                         "are: export it as plain LoRA, as_lora=True, or merge it")  # fmt: skip
-    saved = _whole(replace(adapter, sites=tuple(whole)), modules, params, found, fan_in_fan_out)
-    arrays |= {tensors.PREFIX + name: value for name, value in saved.items()}
+    beside = replace(adapter, sites=tuple(whole))
+    more, saved = kept_whole(beside, params, found, by_module, kind.only_bias, bool(fan_in_fan_out))
+    arrays |= more
+    settings |= saved
     return {name: np.ascontiguousarray(a, np.float32) for name, a in arrays.items()}, settings
 
 
@@ -166,27 +166,3 @@ def _arrays(pieces: list[_Piece], kind: Kind) -> dict[str, np.ndarray]:
             for module, one in zip(place.modules, each.reshape(-1, *each.shape[n:]), strict=True):
                 arrays[f"{tensors.PREFIX}{module}.{leaf.key(target.kind)}"] = one
     return arrays
-
-
-def _whole(
-    adapter: Adapter,
-    modules: set[str],
-    params: Mapping[str, Any],
-    found: Mapping[str, Place],
-    keeps_layout: bool,
-) -> dict[str, np.ndarray]:
-    """The modules of which a parameter is trained whole, with all they hold, by tensor."""
-    flat = flatten(params)
-    trained = {site.target.path: float32(flat[site.target.path]) for site in adapter.sites}
-    values = flatten(merge(unflatten(trained), adapter)) if trained else {}
-    whole = {}
-    for path, place in found.items():
-        if modules.isdisjoint(place.modules):
-            continue
-        if path not in values and len(place.shape) > 1:
-            raise UserError(f"PEFT saves modules whole, and {path} is in one of which another "
-                            "parameter is trained: add it to modules_to_save")  # fmt: skip
-        for name, tensor in place.split(values.get(path, dense(flat[path]))).items():
-            if name.rpartition(".")[0] in modules:
-                whole[name] = place.to_torch(tensor, keeps_layout)
-    return whole

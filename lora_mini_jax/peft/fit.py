@@ -14,10 +14,11 @@ from lora_mini_jax.adapters.sites import Site, check_sites
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.methods.full import Full
+from lora_mini_jax.peft.extra import extra
 from lora_mini_jax.peft.kinds.kind import Kind, Leaf
 from lora_mini_jax.peft.names import Names, Place
 from lora_mini_jax.peft.tables import obstacle
-from lora_mini_jax.peft.tensors import Tensors, sort
+from lora_mini_jax.peft.tensors import Tensors, is_copy
 from lora_mini_jax.tree import flatten, float32
 
 
@@ -35,18 +36,17 @@ class Plan:
 
 
 def build(
-    arrays: Mapping[str, np.ndarray],
+    tensors: Tensors,
     given: Plan,
     params: Mapping[str, Any],
     found: Mapping[str, Place],
     names: Names,
 ) -> Adapter:
     """The adapter, once everything fits; what does not is one error."""
-    tensors = sort(arrays)
     sites, wrong = _adapted(tensors, given, found)
     base = flatten(params)
     dense, misfits = _saved(tensors, given, found, base)
-    wrong = tensors.wrong + wrong + misfits + _extra(tensors, found)
+    wrong = tensors.wrong + wrong + misfits + extra(tensors, found, names, base)
     wrong += [f"{path} {why}" for path in [*(s.target.path for s in sites), *dense]
               if (why := obstacle(found[path], names, params, path in dense))]  # fmt: skip
     if not sites and not wrong:
@@ -141,38 +141,16 @@ def _saved(
                 wrong.append(f"{name} is {tensors.whole[name].shape}, which does not fit {path}")
             else:
                 new[name] = np.asarray(tensor, np.float32)
-                if not due and not _is_copy(tensor, old[name], base[path].dtype):
-                    wrong.append(f"{name} is another than the base's, yet not in modules_to_save")
+                if not due and not is_copy(tensor, old[name], base[path].dtype):
+                    wrong.append(
+                        f"{name} is another than the base's, yet neither a trained bias nor in "
+                        "modules_to_save"
+                    )
         if due and place.target.kind == "array" and len(place.shape) > 1:
             wrong.append(f"{path} is saved whole but is no kernel among the targets: give them all")
         if due and len(new) == len(place.tensors):
             dense[path] = place.join(new) - place.join(old)
     return dense, wrong
-
-
-def _is_copy(theirs: np.ndarray, ours: np.ndarray, kind: Any) -> bool:
-    """Whether a file has the base's own numbers, whichever of the two was rounded.
-
-    PEFT writes them in the dtype that it trained in, and here they are in the one asked for.
-
-    Args:
-        theirs: the file's tensor, as it is.
-        ours: float32.
-        kind: the dtype that ``ours`` have in the base.
-    """
-    rounded = ours.astype(theirs.dtype)
-    return np.array_equal(theirs, rounded) or np.array_equal(theirs.astype(kind), ours)
-
-
-def _extra(tensors: Tensors, found: Mapping[str, Place]) -> list[str]:
-    """The tensors that belong to nothing here."""
-    modules = {m for place in found.values() if place.target.kind != "array" for m in place.modules}
-    whole = {name for place in found.values() for name in place.tensors}
-    extra = [
-        f"{m}.{leaf}" for m, own in tensors.adapted.items() if m not in modules for leaf in own
-    ]
-    extra += [name for name in tensors.whole if name not in whole]
-    return [f"{name} is extra: no such kernel or parameter" for name in extra]
 
 
 def _leaves(tensors: Tensors, leaves: Mapping[str, Leaf], place: Place) -> Factors:

@@ -9,6 +9,7 @@ import numpy as np
 from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.peft import config as configs
+from lora_mini_jax.peft.biases import due
 from lora_mini_jax.peft.fit import Plan, build
 from lora_mini_jax.peft.kinds import KINDS
 from lora_mini_jax.peft.kinds.lora import of_tensors
@@ -27,10 +28,11 @@ def load(
 ) -> Adapter:
     """Read an adapter that PEFT wrote (``save_pretrained``), to use, merge or train on.
 
-    The function is PEFT's: LoRA (with rsLoRA, DoRA, ranks and alphas by module), AdaLoRA before
-    pruning, MiSS and VeRA. Modules saved whole become full fine-tuning sites. Trained leaves are
-    float32 whatever the file has. VeRA's random factors come from the file: keep such an adapter by
-    `lora_mini_jax.save` with ``store_outer=True``.
+    The function is PEFT's: LoRA (with rsLoRA, DoRA, ranks and alphas by module), AdaLoRA, MiSS and
+    VeRA. Modules saved whole and trained biases (``bias``) become full fine-tuning sites; what
+    AdaLoRA has pruned is zero. Trained leaves are float32 whatever the file has. VeRA's random
+    factors come from the file: keep such an adapter by `lora_mini_jax.save` with
+    ``store_outer=True``.
 
     Args:
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -41,21 +43,30 @@ def load(
     Raises:
         UserError: a file that is missing, damaged or a pickle; settings that are not supported;
             tensors that are missing, extra or of another shape, all in one message; stacked layers
-            that differ in rank or alpha.
+            that differ in rank or alpha. Most messages say how PEFT can save it otherwise.
     """
     folder = Path(folder)
     config = configs.read_config(folder)
+    kind, tensors = KINDS[config["peft_type"]], sort(read(folder))
     names = names or llama_names(params)
+    found = places(params, targets, names)
+    everything = [name for place in found.values() for name in place.tensors]
+    try:
+        for module, own in tensors.adapted.items():
+            tensors.adapted[module] = dict(kind.restored(config, module, own))
+        biases = due(config, tensors.adapted, everything, tensors.whole)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
     given = Plan(
         str(folder),
-        KINDS[config["peft_type"]],
+        kind,
         lambda module: configs.method_of(config, module, folder),
         lambda module: adapts(config, module),
-        lambda tensor: saves(config, tensor),
+        lambda tensor: tensor in biases or saves(config, tensor),
         # Where none of the modules it adapts keeps (in, out), PEFT says false of the whole model.
         bool(getattr(names, "keeps_layout", config.get("fan_in_fan_out"))),
     )
-    return build(read(folder), given, params, places(params, targets, names), names)
+    return build(tensors, given, params, found, names)
 
 
 def from_state_dict(
@@ -96,12 +107,12 @@ def from_state_dict(
     chosen = {new: np.asarray(tensors[key]) for key, new in mapped.items() if new is not None}
     if len(chosen) < sum(new is not None for new in mapped.values()):
         raise UserError("key_map gives two tensors the same key: map each to its own, or to None")
-    adapted = sort(chosen).adapted
+    own = sort(chosen)
     names = names or llama_names(params)
     given = Plan(
         "the state dict",
         KINDS["LORA"],
-        lambda module: of_tensors(adapted[module], alpha, rslora),
+        lambda module: of_tensors(own.adapted[module], alpha, rslora),
         keeps_layout=getattr(names, "keeps_layout", False),
     )
-    return build(chosen, given, params, places(params, targets, names), names)
+    return build(own, given, params, places(params, targets, names), names)

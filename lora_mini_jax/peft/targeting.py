@@ -38,8 +38,8 @@ def modules_to_save(trained: set[str], adapted: Iterable[str], tensors: Iterable
     """
     if both := sorted(trained & set(adapted)):
         raise UserError(
-            f"{', '.join(both)}: PEFT saves whole modules, and adapted ones not at all; leave "
-            "their biases out of modules_to_save, or merge the adapter into the model"
+            f"{', '.join(both)}: PEFT saves whole modules, and of adapted ones the bias alone; "
+            "leave them out of modules_to_save, or merge the adapter into the model"
         )
     everything = family_tree(tensors)
     holding = {name.rpartition(".")[0] for name in tensors}

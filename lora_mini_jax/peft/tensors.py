@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,8 @@ _TOGETHER = [name for kind in KINDS.values() for name in kind.shared]
 _TAIL = r"(?:\.(?!weight$)[^.]+)?(?:\.weight)?"
 _ADAPTER = re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.({'|'.join(_NAMES)}){_TAIL}")
 _SHARED = re.compile(rf"(?:base_model\.)?({'|'.join(_TOGETHER)})(?:\.[^.]+)?")
+# With ``bias="all"`` PEFT writes those of modules saved whole three times, these two of no use.
+_UNUSED = re.compile(r".+\.(?:original_module(?:\.[^.]+)*|modules_to_save\.bias)")
 _WRAPPED = re.compile(r"\.(?:modules_to_save\.[^.]+|base_layer)(?=\.[^.]+$)")
 
 
@@ -47,6 +50,8 @@ def sort(tensors: Mapping[str, np.ndarray]) -> Tensors:
     """The tensors by module, with or without prefixes and an adapter's name in their keys."""
     found = Tensors()
     for name, tensor in tensors.items():
+        if _UNUSED.fullmatch(name):
+            continue
         if match := _SHARED.fullmatch(name):
             group, leaf = found.shared, match[1]
         elif match := _ADAPTER.fullmatch(name):
@@ -72,3 +77,17 @@ def read(folder: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{folder} has only {PICKLE}, which is a pickle and never read: load "
                         "it with PEFT and save it again, as safetensors")  # fmt: skip
     return read_safetensors(folder / FILE, "fetch it again")
+
+
+def is_copy(theirs: np.ndarray, ours: np.ndarray, kind: Any) -> bool:
+    """Whether a file has the base's own numbers, whichever of the two was rounded.
+
+    PEFT writes them in the dtype that it trained in, and here they are in the one asked for.
+
+    Args:
+        theirs: the file's tensor, as it is.
+        ours: float32.
+        kind: the dtype that ``ours`` have in the base.
+    """
+    rounded = ours.astype(theirs.dtype)
+    return np.array_equal(theirs, rounded) or np.array_equal(theirs.astype(kind), ours)

@@ -17,7 +17,9 @@ LARGEST = 2**31 - 1
 def require_whole(name: str, value: Any, low: int = 1) -> None:
     """Raise `UserError` unless ``value`` is a whole number from ``low``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise UserError(f"{name} is {value!r}: give a whole number from {low}{_of_python(value)}")
+        raise UserError(
+            f"{name} is {value!r:.60}: give a whole number from {low}{_of_python(value)}"
+        )
 
 
 def require_number(
@@ -30,7 +32,9 @@ def require_number(
     if not fits or value >= below:
         allowed = "above 0" if low is None else f"from {low}"
         allowed += "" if below == math.inf else f", below {below}"
-        raise UserError(f"{name} is {value!r}: give a finite number {allowed}{_of_python(value)}")
+        raise UserError(
+            f"{name} is {value!r:.60}: give a finite number {allowed}{_of_python(value)}"
+        )
 
 
 def _of_python(value: Any) -> str:
@@ -42,7 +46,7 @@ def require_choice(name: str, value: Any, choices: Any) -> None:
     """Raise `UserError` unless ``value`` is one of a ``Literal``'s."""
     assert get_origin(choices) is Literal
     if value not in get_args(choices):
-        raise UserError(f"{name} is {value!r}: choose one of {', '.join(get_args(choices))}")
+        raise UserError(f"{name} is {value!r:.60}: choose one of {', '.join(get_args(choices))}")
 
 
 def is_real(value: Any) -> bool:

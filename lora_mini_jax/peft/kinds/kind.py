@@ -66,6 +66,9 @@ class Kind(ABC):
     adapts_tables: ClassVar[bool] = False
     """Whether PEFT adapts embedding tables by it."""
 
+    only_bias: ClassVar[str] = "lora_only"
+    """Its config's ``bias`` where those of the adapted modules are trained."""
+
     shared: ClassVar[tuple[str, ...]] = ()
     """The tensors that a file has once for all kernels."""
 
@@ -77,6 +80,10 @@ class Kind(ABC):
     def of_config(self, config: Mapping[str, Any], module: str) -> Method:
         """The method that a config gives a module, the inverse of `to_config`; an error of any kind
         where a value is none that the method allows."""
+
+    def restored(self, config: Mapping[str, Any], module: str, tensors: Arrays) -> Arrays:
+        """A module's tensors in the sizes that `of_config` gives it, where a file has smaller."""
+        return tensors
 
     def gather(self, kernels: Mapping[str, Factors]) -> tuple[Arrays, Mapping[str, Factors]]:
         """The `shared` tensors, and the leaves of all kernels as they are beside those, by path."""

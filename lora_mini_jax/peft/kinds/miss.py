@@ -15,6 +15,7 @@ class MissKind(Kind):
     leaves: ClassVar = {MiSS: {"D": Leaf("miss_block")}}
     settings = ("r", "mini_r", "init_weights", "miss_dropout")
     required = ("r",)
+    only_bias = "MiSS_only"
 
     def to_config(self, method: Any) -> dict[str, Any]:
         mode = True if method.mode == "miss" else method.mode

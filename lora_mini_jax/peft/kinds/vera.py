@@ -19,6 +19,7 @@ class VeraKind(Kind):
     settings = ("r", "d_initial", "vera_dropout", "save_projection", "init_weights",
                 "fan_in_fan_out")  # fmt: skip
     required = ("r",)
+    only_bias = "vera_only"
     shared = ("vera_A", "vera_B")
 
     def to_config(self, method: Any) -> dict[str, Any]:
