@@ -72,7 +72,7 @@ def alone(place):
 def test_a_run_on_a_mesh_that_is_stopped_goes_on_on_another(alone):
     with stopped_at(3), pytest.raises(KeyboardInterrupt):
         finetune(given(alone, "meshed", mesh="data=2,fsdp=2,tensor=2"), say=lambda line: None)
-    finetune(given(alone, "meshed", mesh="fsdp=4,data=2"), say=lambda line: None)
+    finetune(given(alone, "meshed", mesh="fsdp=4,data=2", remat="full"), say=lambda line: None)
     same(alone, "meshed", "alone")
 
 

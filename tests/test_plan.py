@@ -163,6 +163,7 @@ def test_what_cannot_be_planned_is_refused_in_a_line(tmp_path: Path):
         (replace(encoder, max_length=25), "--max-length is too large"),
         (replace(encoder, model=decoder.model), "has no head for classification"),
         (replace(decoder, max_length=129), "--max-length 129 exceeds"),
+        (replace(decoder, mesh="data=4096", batch_size=4096), "at most 2048 CPU devices"),
     ):
         with pytest.raises(UserError, match=line):
             plan_step(options)

@@ -16,6 +16,10 @@ ALONE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
 """Else libtpu looks for the TPU that it is on, complains, and lets one process in at a time."""
 
 
+MOST = 2048
+"""CPU devices in one process: XLA numbers no more of them."""
+
+
 def simulated(mesh: str) -> list[jax.Device]:
     """As many CPU devices as the mesh has places.
 
@@ -26,6 +30,9 @@ def simulated(mesh: str) -> list[jax.Device]:
     if any(size < 1 for size in sizes):
         raise UserError(f"mesh {mesh!r}: for a plan give every size, for there are no devices")
     wanted = math.prod(sizes)
+    if wanted > MOST:
+        raise UserError(f"mesh {mesh!r} has {wanted} places, and at most {MOST} CPU devices can be "
+                        "simulated: plan a part of it, or give --tpu, the slice")  # fmt: skip
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={wanted}"

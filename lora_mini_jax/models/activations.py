@@ -11,5 +11,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": jax.nn.gelu,
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
 }
-"""``gelu`` is the exact one; ``gelu_new`` and ``gelu_pytorch_tanh`` its approximation by tanh."""
+"""``gelu`` is the exact one; ``gelu_new`` and ``gelu_pytorch_tanh`` its approximation by tanh;
+``swish`` is another name of ``silu``."""

@@ -23,10 +23,10 @@ from lora_mini_jax.options import Training, defaults, differences, to_json
 from lora_mini_jax.processes import together
 
 Row = dict[str, Any]
-ELSEWHERE = ("output_dir", "cache_dir", "mesh", "coordinator", "processes", "process", "log_every",
-             "save_every", "tensorboard")  # fmt: skip
-"""Options that a run may go on with another way: where it runs, and how often it writes, is not
-what it computes."""
+ELSEWHERE = ("output_dir", "cache_dir", "mesh", "coordinator", "processes", "process", "remat",
+             "log_every", "save_every", "tensorboard")  # fmt: skip
+"""Options that a run may go on with another way: where it runs, what it keeps for the backward pass
+and how often it writes is not what it computes."""
 LOCK = ".lock"
 PASSING = ("data.json", "metrics.jsonl", "tensorboard", "checkpoints", "matrix.json")
 """What is of no use without a checkpoint, an adapter or a summary."""
