@@ -79,8 +79,8 @@ class Generate:
     """Numbers of the base model and of the computation; by default those that the adapter was
     trained in, and without an adapter float32."""
     mesh: str = ""
-    """Devices to share the model, by axis: fsdp=4,tensor=2, as for finetune; data would have them
-    all hold and do the same. By default one device."""
+    """Devices to share the model, by axis: fsdp=4,tensor=2, as for finetune; along data all would
+    do the same work. By default one device."""
     allow_different_base: bool = False
     """Go on although the adapter was trained on other weights."""
 
