@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -41,18 +42,20 @@ def same(a: Any, b: Any) -> None:
 
 
 def commands(place: Path, model: str, prompt: str) -> None:
-    """An adapter's text is that of the model it was merged into, which is not stacked."""
+    """An adapter's text is that of the model it was merged into, which is not stacked; both in
+    float32, which the merged model is written in."""
     adapter, merged = str(place / "run" / "adapter"), str(place / "merged")
     assert all(site.target.stack for site in storage.record_of(adapter).sites)
     run_merge(Merge(adapter=adapter, model=str(place / model), output_dir=merged), **QUIET)
     given: Any = {"prompt": (prompt,), "max_new_tokens": 4}
-    adapted = run_generate(Generate(model=str(place / model), adapter=adapter, **given), **QUIET)
+    own: Any = {"model": str(place / model), "adapter": adapter, "dtype": "float32"}
+    adapted = run_generate(Generate(**own, **given), **QUIET)
     assert adapted == run_generate(Generate(model=merged, **given), **QUIET)
 
 
 def test_a_decoder_s_adapter_merges_generates_and_goes_to_peft(decoder):
     commands(decoder, "model", "say red 0")
-    base, params = load(decoder / "model")
+    base, params = load(decoder / "model", param_dtype=jnp.bfloat16)  # as it was trained on
     _, merged = load(decoder / "merged")
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), merged, params)
     assert moved["layers_0"]["mlp"]["up_proj"]["kernel"] > 1e-3
@@ -62,7 +65,7 @@ def test_a_decoder_s_adapter_merges_generates_and_goes_to_peft(decoder):
     run_export(Export(model=str(decoder / "model"), **where), **QUIET)
     names = peft.names_of(base)
     again = peft.load(decoder / "peft", params, all_targets(base)[0], names=names)
-    same(merge(params, again), merged)
+    same(merge(params, again, jnp.float32), merged)
 
 
 def test_its_factors_are_stored_as_without_scan(decoder):

@@ -4,6 +4,7 @@ import errno
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,26 @@ import safetensors.numpy
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from lora_mini_jax import Adapter, LoRA, LoRAMini, Target, UserError, init, join, load, save, split
+from lora_mini_jax import (
+    Adapter,
+    LoRA,
+    LoRAMini,
+    Target,
+    UserError,
+    init,
+    join,
+    load,
+    save,
+    sharding,
+    split,
+)
 from lora_mini_jax.adapters.adapter import draw
 from lora_mini_jax.adapters.sites import Site, check_sites
 from lora_mini_jax.methods import OLoRA, PiSSA
+from lora_mini_jax.saved import storage
+from lora_mini_jax.saved.rounded import as_drawn_from
 from lora_mini_jax.saved.sketch import same, sketch
+from lora_mini_jax.tree import flatten
 from tests.cases import by_name, draws, randomised
 
 PARAMS: Any = {
@@ -335,3 +351,40 @@ def test_an_owner_without_leaves_is_one_line(tmp_path):
         load(tmp_path / "one", params)
     with pytest.raises(UserError, match="q/kernel: uses the leaves of v/kernel, which has none"):
         check_sites([replace(q, owner="v/kernel"), replace(v, owner="q/kernel")])
+
+
+def test_leaves_go_where_they_are_told(folder, full):
+    mesh = sharding.make_mesh("fsdp=4,tensor=2")
+    for each in (folder, full):
+        loaded = load(each, PARAMS, sharding=partial(sharding.of_adapter, mesh))
+        assert same_bits(loaded, make())
+        places = sharding.of_adapter(mesh, loaded)
+        assert jax.tree.map(lambda leaf: leaf.sharding, loaded) == places
+        outer = loaded.frozen["up/kernel"]["A_aux"]
+        assert outer.addressable_shards[0].data.size == outer.size // 4
+
+
+def test_a_process_that_does_not_write_takes_part_and_keeps_nothing(tmp_path, monkeypatch):
+    gathered, kept = [], []
+    monkeypatch.setattr(storage, "writes", lambda: False)
+    monkeypatch.setattr(storage, "on_host", lambda leaf: gathered.append(leaf) or np.asarray(leaf))
+    monkeypatch.setattr(safetensors.numpy, "save_file", lambda tensors, file: kept.append(tensors))
+    adapter = make()
+    save(tmp_path / "it", adapter, PARAMS)
+    wanted = [leaf for path in adapter.trainable for leaf in adapter.trainable[path].values()]
+    assert [id(leaf) for leaf in gathered] == [id(leaf) for leaf in wanted]
+    assert kept == [{}]
+
+
+def test_kernels_are_rounded_one_by_one_and_only_where_they_have_to_be(tmp_path):
+    small = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    save(tmp_path / "it", init(small, METHOD, TARGETS), small)
+    record = storage.record_of(tmp_path / "it")
+    same_arrays = flatten(as_drawn_from(small, record))
+    assert all(same_arrays[path] is leaf for path, leaf in flatten(small).items())
+    wide: Any = flatten(as_drawn_from(PARAMS, record))
+    assert wide["up/bias"] is PARAMS["up"]["bias"]
+    kernel = wide["up/kernel"]
+    assert not isinstance(kernel, jax.Array)
+    assert (kernel.shape, kernel.dtype) == ((64, 96), jnp.bfloat16)
+    np.testing.assert_array_equal(kernel.unbox(), small["up"]["kernel"])

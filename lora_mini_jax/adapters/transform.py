@@ -12,11 +12,16 @@ SUFFIX = "_adapter"
 """Beside ``kernel``, a joined tree holds ``kernel_adapter: {"trainable": ..., "frozen": ...}``."""
 
 
-def merge(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
+def merge(params: Mapping[str, Any], adapter: Adapter, dtype: Any = None) -> dict[str, Any]:
     """Parameters of the plain model that computes the same: the adapter folded into the kernels.
 
     Computed in float32 whatever the kernels' dtype, then cast back to it: a bfloat16 kernel can
-    lose a small update, so keep float32 parameters, or merge at the very end.
+    lose a small update, so keep float32 parameters, merge at the very end, or give a ``dtype``.
+
+    Args:
+        params: the base parameters; only read.
+        adapter: their adapter.
+        dtype: of the merged kernels; None is that of each.
 
     Raises:
         UserError: an adapted kernel that ``params`` does not have, or in another shape; something
@@ -30,7 +35,7 @@ def merge(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
         >>> merge(params, adapter)["up"]["kernel"].shape
         (8, 32)
     """
-    return _change(params, adapter, lambda method: method.merge)
+    return _change(params, adapter, lambda method: method.merge, dtype)
 
 
 def unmerge(merged: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
@@ -108,7 +113,10 @@ def split(tree: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, Any], Ad
 
 
 def _change(
-    params: Mapping[str, Any], adapter: Adapter, choose: Callable[[Method], Callable]
+    params: Mapping[str, Any],
+    adapter: Adapter,
+    choose: Callable[[Method], Callable],
+    dtype: Any = None,
 ) -> dict[str, Any]:
     check_adapter(adapter)
     check_calibrated(adapter)
@@ -118,5 +126,6 @@ def _change(
         target, path = site.target, site.target.path
         change = over_lead(choose(site.method), len(target.lead))
         changed = change(target.matrix(kernels[path]), factors[path])
-        flat[path] = target.unmatrix(changed).astype(flat[path].dtype)
+        kept = flat[path].dtype if dtype is None else dtype
+        flat[path] = target.unmatrix(changed).astype(kept)
     return unflatten(flat, params)

@@ -19,6 +19,7 @@ from lora_mini_jax.models.hub import load_module, resolve
 from lora_mini_jax.options import BASE, Export, Generate, Merge
 from lora_mini_jax.peft import config, tensors
 from lora_mini_jax.runs.run import Log
+from lora_mini_jax.tasks.devices import Devices
 from lora_mini_jax.tasks.trained import Trained
 
 
@@ -28,9 +29,11 @@ def run_generate(options: Generate, say: Log = print) -> list[str]:
     Raises:
         UserError: a model or adapter that cannot be used, or settings out of range.
     """
+    devices = Devices.on(options.mesh)
     trained = Trained.read(options.adapter, options.model) if options.adapter else None
     folder = trained.base_folder if trained else resolve(options.model or BASE)
-    answers = family_of_module(load_module(folder)).kind == "seq2seq"
+    module = load_module(folder)
+    answers = family_of_module(module).kind == "seq2seq"
     if answers and options.chat:
         raise UserError(
             "--chat is for decoders with a chat template, and a T5 has none: leave it out"
@@ -40,9 +43,10 @@ def run_generate(options: Generate, say: Log = print) -> list[str]:
     prompts = source_ids(tokenizer, options.prompt) if answers else list(map(ids, options.prompt))
     adapter: Adapter | None = None
     if trained:
-        model, params, adapter = trained.load(options.allow_different_base)
+        allowed = options.allow_different_base
+        model, params, adapter = trained.load(allowed, options.dtype, devices)
     else:
-        model, params = load(folder)
+        model, params = load(folder, **devices.reading(module, options.dtype or "float32"))
     written = generate(
         model,
         params,
@@ -68,10 +72,11 @@ def run_merge(options: Merge, say: Log = print) -> None:
     Raises:
         UserError: a model or adapter that cannot be used, or an output folder that is not empty.
     """
+    devices = Devices.on(options.mesh)
     trained = Trained.read(options.adapter, options.model)
-    model, params, adapter = trained.load(options.allow_different_base)
-    merged = merge(params, adapter)
+    model, params, adapter = trained.load(options.allow_different_base, devices=devices)
     dtype = jnp.dtype(options.dtype)
+    merged = merge(params, adapter, dtype)
     save_model(options.output_dir, model, merged, dtype=dtype, tokenizer_from=trained.base_folder)
     say(f"merged model: {options.output_dir}")
 
@@ -84,8 +89,9 @@ def run_export(options: Export, say: Log = print) -> None:
             output folder that holds anything but an adapter of PEFT's.
     """
     check_replaceable(options.output_dir, {config.FILE, tensors.FILE})
+    devices = Devices.on(options.mesh)
     trained = Trained.read(options.adapter, options.model)
-    model, params, adapter = trained.load(options.allow_different_base)
+    model, params, adapter = trained.load(options.allow_different_base, devices=devices)
     peft.save(
         options.output_dir,
         adapter,

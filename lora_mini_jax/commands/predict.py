@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_mini_jax import linen
+from lora_mini_jax import linen, sharding
 from lora_mini_jax.data import Batches, load_tokenizer, read_records
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import write_text, writing
 from lora_mini_jax.options import Predict
 from lora_mini_jax.runs.run import Log
+from lora_mini_jax.tasks.devices import Devices
 from lora_mini_jax.tasks.head import Head
 from lora_mini_jax.tasks.label import check_rows, encode
 from lora_mini_jax.tasks.trained import Trained
@@ -28,6 +29,7 @@ def run_predict(options: Predict, say: Log = print) -> list[dict[str, Any]]:
         UserError: an adapter that was trained for language, or does not fit the model; data that
             cannot be read; a file that cannot be written, or is of the data.
     """
+    devices = Devices.on(options.mesh, options.batch_size)
     check_output(Path(options.output), Path(options.data).expanduser())
     trained = Trained.read(options.adapter, options.model)
     head = trained.head
@@ -47,11 +49,12 @@ def run_predict(options: Predict, say: Log = print) -> list[dict[str, Any]]:
     unknown = np.zeros(len(records), np.int32)
     rows, cut = encode(records, unknown, head, module.config, tokenizer, options.data)  # type: ignore[attr-defined]
     check_rows(module, tokenizer, rows)
-    model, params, adapter = trained.load(options.allow_different_base)
-    batches = Batches(rows, options.batch_size, seed=0)
-    apply = jax.jit(linen.adapt(model))
+    model, params, adapter = trained.load(options.allow_different_base, options.dtype, devices)
+    batches = Batches(rows, options.batch_size, seed=0, shuffle=False)
+    apply = jax.jit(linen.adapt(model, rows=sharding.of_rows(params)))
     names = ("tokens", "segment_ids", "type_ids")
-    logits = [apply(params, adapter, *(b[n] for n in names)) for b in batches.eval_batches()]
+    each = (devices.batch(batches, i) for i in range(len(batches)))
+    logits = [apply(params, adapter, *(batch[name] for name in names)) for batch in each]
     kept = np.concatenate(jax.device_get(logits))[: len(records)]
     lines = [{"index": i, **prediction(head, row)} for i, row in enumerate(kept)]
     write_text(options.output, "".join(f"{json.dumps(line)}\n" for line in lines))

@@ -64,14 +64,15 @@ def lacking(
 def draw(
     model: Any, family: Family, paths: Sequence[str], seed: int
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """The model that knows which parameters were drawn, and those, as its ``init`` draws them."""
+    """The model that knows which parameters were drawn, and those, as its ``init`` draws them in
+    float32: in other numbers it is the same head, rounded."""
     if not paths:
         return model, {}
 
     def some(key: jax.Array) -> list[jax.Array]:
         inputs = [jnp.zeros(x.shape, x.dtype) for x in family.inputs()]
-        flat = flatten(model.init(key, *inputs)["params"])
-        return [flat[path] for path in paths]
+        flat = flatten(model.clone(param_dtype=jnp.float32).init(key, *inputs)["params"])
+        return [flat[path].astype(model.param_dtype) for path in paths]
 
     # Compiled, so that the trunk, which nobody asks for here, is not drawn as well.
     values = jax.jit(some)(jax.random.key(seed))

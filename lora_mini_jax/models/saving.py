@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.files import new_folder, writing
+from lora_mini_jax.files import new_folder, writes, writing
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import COMPANIONS, resolve
 from lora_mini_jax.processes import on_host, together
@@ -45,11 +46,12 @@ def save(
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists and is not an empty folder: give a new path or remove it")
     source = None if tokenizer_from is None else resolve(tokenizer_from)
-    tensors = dict(_hf_tensors(model, params, dtype))
-    kept = next(iter(tensors.values())).dtype.name
+    # All processes take part in gathering a tensor, and only the one that writes keeps it.
+    tensors = {name: tensor for name, tensor in _hf_tensors(model, params, dtype) if writes()}
+    kept = next(iter(flatten(params).values())).dtype if dtype is None else jnp.dtype(dtype)
     together("model may be saved")  # or one process finds what another has written
     with new_folder(path) as folder:
-        config = model.config.to_hf() | {"dtype": kept}
+        config = model.config.to_hf() | {"dtype": kept.name}
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         with writing(path):
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -75,6 +75,12 @@ class Generate:
     """Sample from the smallest set of likeliest tokens of this probability."""
     seed: int = 0
     """Seed of the sampling; the same seed gives the same text."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Numbers of the base model and of the computation; by default those that the adapter was
+    trained in, and without an adapter float32."""
+    mesh: str = ""
+    """Devices to share the model, by axis: fsdp=4,tensor=2, as for finetune; along data all would
+    do the same work. By default one device."""
     allow_different_base: bool = False
     """Go on although the adapter was trained on other weights."""
 
@@ -106,6 +112,12 @@ class Predict:
     """The split of data that has several."""
     batch_size: int = 32
     """Rows in a batch."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Numbers of the base model and of the computation; by default those that the adapter was
+    trained in."""
+    mesh: str = ""
+    """Devices to share the work, by axis: data=2,fsdp=4,tensor=1, as for finetune; --batch-size is
+    that of all together. By default one device."""
     allow_different_base: bool = False
     """Go on although the adapter was trained on other weights."""
 
@@ -125,6 +137,8 @@ class Merge:
     """The base model: folder or hub id; by default the one the adapter was trained on."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Numbers of the written weights; a narrow one can lose a small update."""
+    mesh: str = ""
+    """Devices to share the model, by axis: fsdp=4,tensor=2, as for finetune. By default one."""
     allow_different_base: bool = False
     """Go on although the adapter was trained on other weights."""
 
@@ -142,5 +156,7 @@ class Export:
     as_lora: bool = False
     """Write a plain LoRA of one rank, its scale in the factors, whatever the method: for servers
     such as vLLM."""
+    mesh: str = ""
+    """Devices to share the model, by axis: fsdp=4,tensor=2, as for finetune. By default one."""
     allow_different_base: bool = False
     """Go on although the adapter was trained on other weights."""

@@ -19,11 +19,10 @@ from lora_mini_jax.runs.meter import Meter
 from lora_mini_jax.runs.preemption import EXIT_CODE, notices
 from lora_mini_jax.runs.run import Run
 from lora_mini_jax.runs.schedule import learning_rate
-from lora_mini_jax.tasks.devices import Devices
+from lora_mini_jax.tasks.devices import ONE, Devices
 from lora_mini_jax.tasks.task import Task
 from lora_mini_jax.training.train import TrainState, make_train_step
 
-ONE = Devices()
 tokens = jax.jit(jnp.count_nonzero)  # of all processes, each of which has only its rows at hand
 
 

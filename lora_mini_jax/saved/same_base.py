@@ -54,6 +54,6 @@ def check_drawn(digest: dict, adapter: Adapter, folder: Path, different_base: bo
         raise UserError(
             f"{folder}: the frozen factors drawn here are not those it was trained with"
             f"{why if different_base else ''}: {len(wrong)} differ, the first is {wrong[0]}. "
-            "Load the base as precise as it was in training, or save the adapter again with "
-            "store_outer=True where it was trained"
+            "Load the base as precise as it was in training (a command does without --dtype), or "
+            "save the adapter again with store_outer=True where it was trained"
         )

@@ -5,23 +5,33 @@ that cannot be drawn again. The others are drawn when loading, and checked again
 the base model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_mini_jax.adapters.adapter import Adapter, check_adapter, check_calibrated, draw
 from lora_mini_jax.adapters.sites import check_sites
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.files import new_folder, read_json, read_safetensors, write_text, writing
+from lora_mini_jax.files import (
+    new_folder,
+    read_json,
+    read_safetensors,
+    write_text,
+    writes,
+    writing,
+)
 from lora_mini_jax.method import Factors
 from lora_mini_jax.processes import on_host, together
 from lora_mini_jax.saved.record import Record, read_record, to_text
+from lora_mini_jax.saved.rounded import as_drawn_from
 from lora_mini_jax.saved.same_base import check_base, check_bits, check_drawn
-from lora_mini_jax.tree import by_name, flatten, unflatten
+from lora_mini_jax.tree import by_name
 
 GROUPS = ("trainable", "frozen")
 
@@ -65,8 +75,10 @@ def save(
     check_adapter(adapter)
     check_calibrated(adapter)
     stored = _stored(adapter, store_outer)
-    tensors = {f"{group}/{path}": on_host(leaf) for group in GROUPS
-               for path, leaf in by_name(stored[group]).items()}  # fmt: skip
+    # All processes take part in gathering a leaf, and only the one that writes keeps it.
+    every = ((f"{group}/{path}", on_host(leaf)) for group in GROUPS
+             for path, leaf in by_name(stored[group]).items())  # fmt: skip
+    tensors = {name: leaf for name, leaf in every if writes()}
     drawn_again = _drawn_again(adapter, stored["frozen"])
     text = to_text(adapter, params, drawn_again=drawn_again, base=base, task=task)
     with new_folder(folder) as temporary:
@@ -77,7 +89,11 @@ def save(
 
 
 def load(
-    folder: str | Path, params: Mapping[str, Any], *, allow_different_base: bool = False
+    folder: str | Path,
+    params: Mapping[str, Any],
+    *,
+    allow_different_base: bool = False,
+    sharding: Callable[[Adapter], Adapter] | None = None,
 ) -> Adapter:
     """Read an adapter back, for the base model it was trained on.
 
@@ -86,6 +102,8 @@ def load(
         params: the base parameters, arrays.
         allow_different_base: go on when the base is not the one the adapter was trained on; every
             shape must fit all the same.
+        sharding: where the leaves go on a mesh, ``partial(sharding.of_adapter, mesh)``: what makes
+            of an adapter one whose leaves are shardings. No leaf is then ever whole on one device.
 
     Raises:
         UserError: a folder or file that is missing, damaged or of another format; kernels that do
@@ -105,7 +123,10 @@ def load(
     folder, record = Path(folder), record_of(folder)
     try:
         check_sites(record.sites, new=False)
-        drawn = draw(_rounded(params, record), record.sites, record.key)  # checks every shape
+        kernels = as_drawn_from(params, record)
+        again = partial(draw, sites=record.sites, key=record.key)
+        places = sharding(jax.eval_shape(again, kernels)) if sharding else None
+        drawn = again(kernels, places=places)  # checks every shape
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     if not allow_different_base:
@@ -113,6 +134,7 @@ def load(
         check_base(record, params, folder)
     tensors = read_safetensors(folder / "adapter.safetensors", "copy or save the adapter again")
     adapter = _fill(drawn, tensors, record.digests, folder)
+    adapter = jax.device_put(adapter, places) if places else jax.tree.map(jnp.asarray, adapter)
     check_drawn(record.digests, adapter, folder, allow_different_base)
     return adapter
 
@@ -130,18 +152,6 @@ def record_of(folder: str | Path) -> Record:
         hint = next((say for name, say in hints.items() if (folder / name).exists()), hints[""])
         raise UserError(f"{folder} is no adapter folder, it has no adapter.json: {hint}")
     return read_record(read_json(folder / "adapter.json"), folder)
-
-
-def _rounded(params: Mapping[str, Any], record: Record) -> Mapping[str, Any]:
-    """The kernels as precise as those that the adapter was drawn from: singular vectors of a kernel
-    are not those of the kernel rounded."""
-    if record.dtype == "float32":
-        return params
-    flat, dtype = flatten(params), jnp.dtype(record.dtype)
-    for path in flat.keys() & {site.target.path for site in record.sites}:
-        leaf: Any = flat[path]
-        flat[path] = replace(leaf, dtype=dtype) if hasattr(leaf, "bits") else leaf.astype(dtype)
-    return unflatten(flat)
 
 
 def _stored(adapter: Adapter, store_outer: bool) -> dict[str, dict[str, Factors]]:
@@ -178,7 +188,7 @@ def _fill(drawn: Adapter, tensors: dict[str, np.ndarray], digests: dict, folder:
             want = "nothing" if expected is None else f"{expected.shape} {expected.dtype}"
             wrong.append(f"{name} is {tensor.shape} {tensor.dtype}, expected {want}")
         else:
-            groups[group][path] = jnp.asarray(tensor)
+            groups[group][path] = tensor
             filled.add(name)
     scratch = {f"{site.target.path}/{name}" for site in drawn.sites for name in site.method.scratch}
     vouched = {f"frozen/{path}" for path in {*by_name(digests), *scratch}}

@@ -17,6 +17,7 @@ from lora_mini_jax.data import Batches
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.options import Finetune, Training
 from lora_mini_jax.quantized import quantizer
+from lora_mini_jax.settings.choices import Bits
 from lora_mini_jax.training.train import TrainState
 from lora_mini_jax.tree import Target, flatten
 
@@ -35,10 +36,17 @@ class Devices:
             UserError: a mesh that is not for these devices, or a batch that it cannot split.
         """
         sizes = options.mesh or (sharding.ROWS_ALONE if jax.process_count() > 1 else "")
+        return cls.on(sizes, options.batch_size // options.accumulate)
+
+    @classmethod
+    def on(cls, sizes: str, rows: int | None = None) -> "Devices":
+        """A mesh of these sizes, for batches of so many rows; without sizes, one device. Errors as
+        in `of`."""
         if not sizes:
             return cls()
         mesh = sharding.make_mesh(sizes)
-        sharding.check_rows(mesh, options.batch_size // options.accumulate)
+        if rows is not None:
+            sharding.check_rows(mesh, rows)
         return cls(mesh)
 
     def params(self, shapes: Mapping[str, Any], targets: Iterable[Target]) -> Any:
@@ -69,17 +77,48 @@ class Devices:
         read = partial(batches.batch, step)
         return processes.shard_rows(batches.shapes, sharding.of_batch(self.mesh), read)
 
+    def reading(
+        self,
+        module: nn.Module,
+        dtype: str,
+        *,
+        scan_layers: bool = False,
+        remat: str = "none",
+        bits: Bits | None = None,
+        rounded: str | None = None,
+    ) -> dict[str, Any]:
+        """What ``models.load`` is told so that every parameter of the module goes where it belongs,
+        and is quantised if it is to be, as soon as it is read.
+
+        Args:
+            module: the model, from its config alone.
+            dtype: numbers of the parameters and of the computation.
+            scan_layers, remat: as in ``models.load``.
+            bits: of quantised kernels; None for dense ones.
+            rounded: what kernels are rounded to before they are quantised, if not to ``dtype``.
+        """
+        numbers = jnp.dtype(dtype)
+        how = {"dtype": numbers, "param_dtype": numbers, "scan_layers": scan_layers, "remat": remat}
+        if self.mesh is None and bits is None:
+            return how
+        family, module = family_of_module(module), module.clone(scan_layers=scan_layers)
+        shapes = family.shapes(module)
+        kernels = linen.targets(module, shapes, *family.inputs())
+        places = flatten(self.params(shapes, kernels) or {})
+        convert = quantizer(kernels, bits, rounded) if bits else None
+        return how | {"sharding": places.get, "convert": convert}
+
+
+ONE = Devices()
+"""JAX's default device."""
+
 
 def reading(options: Finetune, module: nn.Module) -> dict[str, Any]:
-    """What ``models.load`` is told so that every parameter of the module goes where it belongs,
-    and is quantised if it is to be, as soon as it is read."""
-    dtype, scan = jnp.dtype(options.dtype), options.scan_layers
-    how = {"dtype": dtype, "param_dtype": dtype, "scan_layers": scan, "remat": options.remat}
-    family, devices, bits = family_of_module(module), Devices.of(options), options.quantize
-    if devices.mesh is None and bits is None:
-        return how
-    module = module.clone(scan_layers=scan)
-    shapes = family.shapes(module)
-    kernels = linen.targets(module, shapes, *family.inputs())
-    places = flatten(devices.params(shapes, kernels) or {})
-    return how | {"sharding": places.get, "convert": quantizer(kernels, bits) if bits else None}
+    """`Devices.reading` as a run's options say."""
+    return Devices.of(options).reading(
+        module,
+        options.dtype,
+        scan_layers=options.scan_layers,
+        remat=options.remat,
+        bits=options.quantize,
+    )

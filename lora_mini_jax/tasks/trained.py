@@ -1,19 +1,19 @@
 """A trained adapter as a folder, with the model that it was trained on."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
+from lora_mini_jax import sharding
 from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.models import load
 from lora_mini_jax.models.hub import load_module, resolve
-from lora_mini_jax.quantized import quantizer
 from lora_mini_jax.saved import storage
 from lora_mini_jax.saved.record import Record
+from lora_mini_jax.tasks.devices import ONE, Devices
 from lora_mini_jax.tasks.head import Head
-from lora_mini_jax.tasks.sites import all_targets
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,39 @@ class Trained:
                             "--model")  # fmt: skip
         return resolve(self.base)
 
-    def load_base(self) -> tuple[Any, Any]:
+    def load_base(self, dtype: str | None = None, devices: Devices = ONE) -> tuple[Any, Any]:
         """The model and its parameters as they were before training: with the head, the layers
-        stacked and the kernels quantised if they were."""
-        stacked = any(site.target.stack for site in self.record.sites)
-        how: dict[str, Any] = {"scan_layers": stacked}
-        folder, head, bits = self.base_folder, self.head, self.record.quantized
-        if bits:
-            module = load_module(folder) if head is None else head.module(folder)
-            kernels, _ = all_targets(module.clone(scan_layers=stacked))
-            how["convert"] = quantizer(kernels, bits, self.record.dtype)
+        stacked and the kernels quantised if they were.
+
+        Args:
+            dtype: numbers of the parameters and of the computation; None for those it was trained
+                in.
+            devices: where the parameters go.
+        """
+        record, head, folder = self.record, self.head, self.base_folder
+        module = load_module(folder) if head is None else head.module(folder)
+        how = devices.reading(
+            module,
+            dtype or record.dtype,
+            scan_layers=any(site.target.stack for site in record.sites),
+            bits=record.quantized,
+            rounded=record.dtype,
+        )
         return load(folder, **how) if head is None else head.load(folder, **how)
 
-    def load(self, allow_different_base: bool = False) -> tuple[Any, Any, Adapter]:
-        """The model, its parameters and the adapter; errors as in `saved.storage.load`."""
-        model, params = self.load_base()
-        adapter = storage.load(self.folder, params, allow_different_base=allow_different_base)
+    def load(
+        self,
+        allow_different_base: bool = False,
+        dtype: str | None = None,
+        devices: Devices = ONE,
+    ) -> tuple[Any, Any, Adapter]:
+        """The model, its parameters and the adapter, each on its devices; arguments as for
+        `load_base`, errors as in `saved.storage.load`."""
+        model, params = self.load_base(dtype, devices)
+        adapter = storage.load(
+            self.folder,
+            params,
+            allow_different_base=allow_different_base,
+            sharding=partial(sharding.of_adapter, devices.mesh) if devices.mesh else None,
+        )
         return model, params, adapter
