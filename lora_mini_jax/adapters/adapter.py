@@ -26,7 +26,7 @@ from lora_mini_jax.tree import Target, check_real, kernels_of, over_lead
     data_fields=("trainable", "frozen", "key"),
     meta_fields=("sites",),
 )
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Adapter:
     """The leaves of an adapter. Make one with `init`.
 

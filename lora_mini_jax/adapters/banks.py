@@ -23,7 +23,7 @@ Leaves = dict[str, Factors]
     data_fields=("trainable", "frozen", "common", "keys"),
     meta_fields=("sites", "names"),
 )
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Bank:
     """Adapters of the same kernels and methods, stacked. Make one with `bank`.
 

@@ -23,7 +23,7 @@ from lora_mini_jax.training.optim import forget
     data_fields=("step", "adapter", "opt_state", "key"),
     meta_fields=(),
 )
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class TrainState:
     """What training changes: a pytree, so it checkpoints, shards and jits like any other.
 
