@@ -5,11 +5,15 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import lora_mini_jax as lmj
+from lora_mini_jax import linen
 from lora_mini_jax.cli import parse
 from lora_mini_jax.files import write_text
+from tests.cases import setup
 
 HOME = Path(__file__).parents[1]
 PAGES = {
@@ -62,6 +66,26 @@ def test_the_guide_goes_from_a_folder_to_a_merged_model(tmp_path, monkeypatch):
     reloaded, _ = lmj.models.load("merged")
     assert {path.name for path in Path("for-peft").iterdir()} >= {"adapter_config.json"}
     assert type(reloaded) is type(names["model"])
+
+
+def test_the_guide_to_meshes_trains_on_all_devices():
+    (example,) = blocks("devices.md")
+    at = setup("plain")
+    targets, x = at.targets, jnp.tile(at.tokens, (8, 1))
+    calls = linen.adapt(at.model)
+    names: dict = {
+        "model": at.model,
+        "params": at.params,
+        "targets": targets,
+        "batch": x,
+        "adapter": lmj.init(at.params, lmj.LoRA(rank=2), lmj.select(targets)),
+        "loss_fn": lambda params, adapter, x, key: jnp.mean(calls(params, adapter, x) ** 2),
+    }
+    (rule,) = re.findall(r'r"(.*?)"', example)
+    here = next(target.path for target in targets if target.kind == "linear")
+    exec(example.replace(rule, here), names)
+    assert len(names["state"].adapter.trainable[here]["A"].devices()) == jax.device_count() == 8
+    assert names["metrics"].loss > 0
 
 
 @pytest.mark.parametrize("page", [name for name in PAGES if blocks(name, "sh")])
