@@ -45,14 +45,14 @@ class Tokenizer:
         the tokenizer has it."""
         return [*self.opening, *self.encode(text)]
 
-    def chat_prompt(self, text: str) -> list[int]:
-        """The ids of one message of a user's, up to where the assistant begins to answer.
+    def chat_prompt(self, messages: Sequence[Message], *, tools: Tools = None) -> list[int]:
+        """The ids of a conversation, up to where the assistant begins to answer.
 
         Raises:
             UserError: as `apply_chat_template`.
         """
-        message: Message = {"role": "user", "content": text}
-        return self.encode(self.apply_chat_template([message], add_generation_prompt=True))
+        given = {"tools": tools, "add_generation_prompt": True}
+        return self.encode(self.apply_chat_template(messages, **given))
 
     @property
     def opening(self) -> list[int]:
