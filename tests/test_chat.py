@@ -204,6 +204,7 @@ def with_content(content: Any, **others: Any) -> dict[str, Any]:
         ({"prompt": TALK[:1], "completion": "cd"}, CALLING, ["'completion'", "list of messages"]),
         ({"prompt": TALK[:1], "completion": []}, CALLING, ["'completion'", "list of messages"]),
         ({"conversations": [{"from": "bing", "value": "x"}]}, CALLING, ["'bing'", "human, user"]),
+        ({"conversations": [{"from": [], "value": "x"}]}, CALLING, ["from []", "human, user"]),
         ({"conversations": [{"from": "gpt", "value": None}]}, CALLING, ["message 1", "content"]),
     ],
 )

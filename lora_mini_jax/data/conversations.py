@@ -90,7 +90,7 @@ def _message(message: Any, where: str) -> Message:
 
 def _of_sharegpt(message: dict[str, Any], where: str) -> Message:
     """``{"from": "human", "value": ...}`` as templates know it."""
-    if message["from"] not in _ROLES:
+    if message["from"] not in [*_ROLES]:  # it may be anything, also what no dictionary can look up
         raise UserError(f"{where}: it is from {message['from']!r:.60}, and known are "
                         f"{', '.join(_ROLES)}: {_FORM}")  # fmt: skip
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}

@@ -41,9 +41,9 @@ def render(
     from jinja2 import TemplateError
 
     _check_known(template, messages, tools)
-    given = {"messages": _as_read(template, messages), "tools": tools, "documents": None}
     # A template is a small program from a model's folder: it can fail as any program can.
     try:
+        given = {"messages": _as_read(template, messages), "tools": tools, "documents": None}
         text = _compiled(template).render(special_tokens, **given, add_generation_prompt=prompt)
         text.encode()  # JSON can spell half a surrogate pair, in a tool's name say
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
