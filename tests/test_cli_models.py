@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from lora_mini_jax import linen, models
 from lora_mini_jax.cli import main
+from lora_mini_jax.commands import adapters
 from lora_mini_jax.models import GPT2, GPT2Config
 from lora_mini_jax.saved import storage
 from tests.encoder_runs import write_encoder
@@ -128,6 +129,95 @@ def test_a_message_goes_through_the_chat_template_and_is_answered_alone(place, c
     assert "--chat is for decoders" in refused(
         capsys, "generate", "--model", place / "t5", "--prompt", "red", "--chat"
     )
+
+
+ROLES = """{% for tool in tools or [] %}<s>{{ tool.name }}{% endfor %}
+{%- for m in messages %}<s>{{ m.role }}: {{ m.content }}{% endfor %}
+{%- if add_generation_prompt %}|{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def chatty(place):
+    """A model with a chat template that knows tools."""
+    folder = write_model(place / "talker")
+    (folder / "chat_template.jinja").write_text(ROLES)
+    return folder
+
+
+@pytest.fixture
+def echo(monkeypatch):
+    """Every model writes its prompt again, two at a time; the seeds that it is given."""
+    seeds = []
+
+    def again(model, params, prompts, *, seed, **how):
+        assert 1 <= len(prompts) <= 2
+        seeds.append(seed)
+        return prompts
+
+    monkeypatch.setattr(adapters, "AT_ONCE", 2)
+    monkeypatch.setattr(adapters, "generate", again)
+    return seeds
+
+
+def test_a_file_of_chats_is_answered_record_by_record(place, chatty, echo, capsys):
+    asked = {"role": "user", "content": "red"}
+    talk = [asked, {"role": "assistant", "content": "blue"}, {"role": "user", "content": "grey"}]
+    records = [
+        {"messages": talk},
+        {"messages": [asked], "tools": [{"name": "t"}]},
+        {"text": "red"},
+        {"prompt": [asked]},
+        {"conversations": [{"from": "human", "value": "red"}]},
+    ]
+    write_rows(place / "chats.jsonl", records)
+    run(place, "generate", chatty.name, "--chat", "--prompts", place / "chats.jsonl")
+    whole, alone = "user: redassistant: blueuser: grey|", "user: red|"
+    written = [whole, f"t{alone}", alone, alone, alone]
+    assert capsys.readouterr().out.splitlines() == written
+    assert len(set(echo)) == len(echo) == 3
+    system = ["--system", "s"]
+    run(place, "generate", chatty.name, "--chat", "--prompts", place / "chats.jsonl", *system)
+    written = [f"system: s{whole}", f"tsystem: s{alone}", *[f"system: s{alone}"] * 3]
+    assert capsys.readouterr().out.splitlines() == written
+    run(place, "generate", chatty.name, "--chat", "--prompt", "red", *system)
+    assert capsys.readouterr().out.splitlines() == written[-1:]
+
+
+@pytest.mark.usefixtures("echo")
+def test_a_file_of_texts_is_continued_record_by_record(place, chatty, capsys):
+    texts = ["say red", "say blue", "say grey"]
+    (place / "texts.txt").write_text("\n\n".join(texts))
+    write_rows(place / "texts.jsonl", [{"prompt": text, "text": "x"} for text in texts])
+    for model, wanted in ((chatty.name, [2 * text for text in texts]), ("t5", texts)):
+        for how in (["--prompt", *texts], *(["--prompts", place / f"texts.{ending}"]
+                                            for ending in ("txt", "jsonl"))):  # fmt: skip
+            run(place, "generate", model, *how)
+            assert capsys.readouterr().out.splitlines() == wanted
+
+
+@pytest.mark.usefixtures("echo")
+def test_a_stop_ends_a_text_but_not_its_prompt(place, chatty, capsys):
+    run(place, "generate", chatty.name, "--prompt", "one. two; three", "--stop", "four", "; ", "tw")
+    assert capsys.readouterr().out == "one. two; threeone. \n"
+
+
+@pytest.mark.parametrize(
+    ("record", "words", "said"),
+    [
+        ({"q": "red"}, [], "line 2: no field prompt or text (its fields: q)"),
+        ({"messages": []}, [], "line 2: no field prompt or text"),
+        ({"text": 3}, ["--chat"], "line 2: field 'text' holds 3"),
+        ({"q": "red"}, ["--chat"], "no field messages or conversations or prompt or text"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, ["--chat"], "line 2: the last"),
+        ({"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}]},
+         ["--chat", "--system", "y"], "line 2: it has a system's message of its own"),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": 3}, ["--chat"], "'tools'"),
+    ],
+)  # fmt: skip
+def test_a_record_that_asks_nothing_is_named(place, chatty, capsys, record, words, said):
+    write_rows(place / "wrong.jsonl", [{"text": "red"}, record])
+    argv = ["generate", "--model", chatty, "--prompts", place / "wrong.jsonl", *words]
+    assert said in refused(capsys, *argv)
 
 
 # Inspect

@@ -1,5 +1,6 @@
 """The commands that use a trained adapter: continue or answer prompts, merge, export."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 from lora_mini_jax import peft
 from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.adapters.transform import merge
+from lora_mini_jax.commands.prompts import read_prompts
 from lora_mini_jax.data import load_tokenizer
-from lora_mini_jax.data.pairs import source_ids
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import check_replaceable
 from lora_mini_jax.generation.generate import generate
@@ -21,6 +22,9 @@ from lora_mini_jax.peft import config, tensors
 from lora_mini_jax.runs.run import Log
 from lora_mini_jax.tasks.devices import Devices
 from lora_mini_jax.tasks.trained import Trained
+
+AT_ONCE = 32
+"""Prompts that are continued together; a file may have any number."""
 
 
 def run_generate(options: Generate, say: Log = print) -> list[str]:
@@ -39,31 +43,41 @@ def run_generate(options: Generate, say: Log = print) -> list[str]:
             "--chat is for decoders with a chat template, and a T5 has none: leave it out"
         )
     tokenizer = load_tokenizer(folder)
-    ids = tokenizer.chat_prompt if options.chat else tokenizer.prompt
-    prompts = source_ids(tokenizer, options.prompt) if answers else list(map(ids, options.prompt))
+    prompts = read_prompts(options, tokenizer, answers)
     adapter: Adapter | None = None
     if trained:
         allowed = options.allow_different_base
         model, params, adapter = trained.load(allowed, options.dtype, devices)
     else:
         model, params = load(folder, **devices.reading(module, options.dtype or "float32"))
-    written = generate(
-        model,
-        params,
-        prompts,
-        adapter=adapter,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    texts = [
-        tokenizer.decode(ids) if answers else tokenizer.continuation(prompt, ids)
-        for prompt, ids in zip(prompts, written, strict=True)
-    ]
-    for prompt, text in zip(options.prompt, texts, strict=True):
-        say(text if answers or options.chat else prompt + text)
+    texts = []
+    for start in range(0, len(prompts), AT_ONCE):
+        part = prompts[start : start + AT_ONCE]
+        written = generate(
+            model,
+            params,
+            [prompt.ids for prompt in part],
+            adapter=adapter,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=(options.seed + start) % 2**32,  # or equal prompts would be answered equally
+        )
+        for prompt, ids in zip(part, written, strict=True):
+            text = tokenizer.decode(ids) if answers else tokenizer.continuation(prompt.ids, ids)
+            texts.append(before_stop(text, options.stop))
+            say(prompt.before + texts[-1])
     return texts
+
+
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """The text up to the first of the stops.
+
+    Example:
+        >>> before_stop("Paris. Q: And of Spain?", ["\\n", " Q:"])
+        'Paris.'
+    """
+    return text[: min((text.find(each) for each in stop if each in text), default=len(text))]
 
 
 def run_merge(options: Merge, say: Log = print) -> None:

@@ -28,7 +28,7 @@ from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import read_object, writes, writing
 from lora_mini_jax.processes import together
 
-FORMAT = 1
+FORMAT = 2
 """Of the entries, and of everything that makes them: a change to either makes new ones."""
 _READ_BY_TOKENIZERS = (".json", ".jinja", ".model", ".txt")
 

@@ -1,27 +1,14 @@
-"""Chat templates: Jinja in, text out, and which stretches of that text the assistant wrote.
+"""Conversations as text, and which stretches of that text the assistant wrote.
 
-Templates are rendered as ``transformers`` renders them: in Jinja's sandbox, with ``trim_blocks``,
-``lstrip_blocks``, loop controls, ``raise_exception``, ``strftime_now``, a plain ``tojson``, and
-``{% generation %}`` blocks. Positions are characters of the rendered text, ends exclusive.
+Positions are characters of the rendered text, ends exclusive; how it is rendered, see `template`.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
 
-from lora_mini_jax.errors import UserError, one_line
-
-if TYPE_CHECKING:
-    from jinja2 import Template
-
-Message = Mapping[str, Any]
-
-# Two of Unicode's noncharacters, which it keeps for a program's own marks: no text has them.
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+from lora_mini_jax.data.template import CLOSE, OPEN, Message, Tools, render
+from lora_mini_jax.errors import UserError
 
 
 def render_chat(
@@ -29,6 +16,7 @@ def render_chat(
     messages: Sequence[Message],
     special_tokens: Mapping[str, str],
     *,
+    tools: Tools = None,
     add_generation_prompt: bool = False,
 ) -> str:
     """The conversation as text.
@@ -37,24 +25,32 @@ def render_chat(
         template: the Jinja source, as a tokenizer's ``chat_template``.
         messages: ``{"role": ..., "content": ...}`` each, in order.
         special_tokens: names a template may use, as ``{"bos_token": "<s>"}``.
+        tools: JSON Schemas of what the assistant may call.
         add_generation_prompt: end with the opening of an assistant turn, to be written on.
 
     Raises:
-        UserError: the template is not valid Jinja, or it refuses these messages.
+        UserError: the template is not valid Jinja, it refuses these messages, or it knows nothing
+            of tools and there are some.
 
     Example:
         >>> render_chat("{{ messages[0].content }}{{ eos_token }}",
         ...             [{"role": "user", "content": "Hi"}], {"eos_token": "</s>"})
         'Hi</s>'
     """
-    text = _render(template, messages, special_tokens, add_generation_prompt)
-    return text.replace(_OPEN, "").replace(_CLOSE, "")
+    text = render(template, messages, tools, special_tokens, add_generation_prompt)
+    return text.replace(OPEN, "").replace(CLOSE, "")
 
 
 def assistant_spans(
-    template: str, messages: Sequence[Message], special_tokens: Mapping[str, str]
+    template: str,
+    messages: Sequence[Message],
+    special_tokens: Mapping[str, str],
+    *,
+    tools: Tools = None,
+    since: int = 0,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation, and where in it the assistant's turns stand.
+    """The rendered conversation, and where in it the assistant's turns stand, from message
+    ``since`` on: those before it are given, as a prompt is.
 
     A template with ``{% generation %}`` blocks says so itself. For any other, turn ``i`` is what
     the text of ``messages[:i + 1]`` adds to that of ``messages[:i]`` with the generation prompt:
@@ -74,17 +70,18 @@ def assistant_spans(
     """
 
     def rendered(count: int, prompt: bool = False) -> str:
-        return _render(template, messages[:count], special_tokens, prompt)
+        return render(template, messages[:count], tools, special_tokens, prompt)
 
     full = rendered(len(messages))
-    if _OPEN in full:
-        return _marked_spans(full)
+    if OPEN in full:
+        text, marked = _marked_spans(full)
+        return text, marked[rendered(since).count(OPEN) if since else 0 :]
     if re.search(r"{%-?\s*generation\b", template):
         return full, []
     spans = [
         _turn_span(rendered, turn, full)
         for turn, message in enumerate(messages)
-        if message["role"] == "assistant"
+        if message["role"] == "assistant" and turn >= since
     ]
     return full, spans
 
@@ -108,63 +105,10 @@ def _turn_span(rendered: Callable[..., str], turn: int, full: str) -> tuple[int,
 
 def _marked_spans(text: str) -> tuple[str, list[tuple[int, int]]]:
     plain, spans = "", []
-    head, *blocks = text.split(_OPEN)
+    head, *blocks = text.split(OPEN)
     plain += head
     for block in blocks:
-        inside, _, after = block.partition(_CLOSE)
+        inside, _, after = block.partition(CLOSE)
         spans.append((len(plain), len(plain) + len(inside)))
         plain += inside + after
     return plain, spans
-
-
-def _render(
-    template: str, messages: Sequence[Message], special_tokens: Mapping[str, str], prompt: bool
-) -> str:
-    from jinja2 import TemplateError
-
-    # A template is a small program from a model's folder: it can fail as any program can.
-    try:
-        return _compiled(template).render(
-            special_tokens, messages=messages, add_generation_prompt=prompt
-        )
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        raise UserError(
-            f"the chat template does not take these messages ({one_line(error)}): "
-            "change their roles and order, or the template"
-        ) from error
-
-
-@lru_cache(maxsize=8)
-def _compiled(template: str) -> "Template":
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """``{% generation %}``: the assistant's text, kept between two marks."""
-
-        tags = {"generation"}  # noqa: RUF012 (Jinja's own interface)
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            marks = (nodes.Output([nodes.TemplateData(mark)]) for mark in (_OPEN, _CLOSE))
-            start, end = (mark.set_lineno(line) for mark in marks)
-            return [start, *body, end]
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def strftime_now(form: str) -> str:
-        return datetime.now().strftime(form)
-
-    def tojson(value: object, ensure_ascii: bool = False, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    functions = {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    return environment.from_string(template, globals=functions)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from lora_mini_jax.data.files import CHUNK, OneOf, Record
+from lora_mini_jax.data.files import CHUNK, OneOf, Record, of_table
 from lora_mini_jax.errors import UserError, one_line
 
 
@@ -33,7 +33,7 @@ def with_names(dataset: Any) -> Iterator[Record]:
     classes = {f: tuple(k.names) for f, k in dataset.features.items() if isinstance(k, ClassLabel)}
     for start in range(0, len(dataset), CHUNK):
         part = dataset.select(range(start, min(start + CHUNK, len(dataset))))
-        for record in part.to_list():
+        for record in map(of_table, part.to_list()):
             for field, names in classes.items():
                 number = record[field]
                 known = number is not None and number >= 0

@@ -7,8 +7,10 @@ Three forms, told apart by ``fields.Fields``:
   eos only. The prompt (with its separator) and the completion are tokenised apart and joined, so
   that no token straddles the border and a prompt at generation gives the very same tokens.
 - **messages**: a list of ``{"role": ..., "content": ...}``, written by the tokenizer's chat
-  template and by nothing else: the template has its own bos and end-of-turn tokens. Loss on the
-  assistant's turns and what closes them (see ``chat.assistant_spans``).
+  template and by nothing else: the template has its own bos and end-of-turn tokens, and is given
+  the record's ``tools``, if any. Loss on the assistant's turns and what closes them (see
+  ``chat.assistant_spans``); where prompt and completion are lists of messages, on those of the
+  completion only.
 
 bos and eos are those of the tokenizer, where it has them. The first token of a sequence is
 predicted from nothing, so it never counts in the loss.
@@ -19,8 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lora_mini_jax.data.conversations import conversations
 from lora_mini_jax.data.encoded import Encoded, Limits, Overlong, in_parts, joined
-from lora_mini_jax.data.fields import Fields, conversations, strings
+from lora_mini_jax.data.fields import Fields, strings
 from lora_mini_jax.data.files import Record, place
 from lora_mini_jax.data.tokenizer import Tokenizer
 from lora_mini_jax.errors import UserError
@@ -110,8 +113,8 @@ def _sequences(
     records: Sequence[Record], tokenizer: Tokenizer, fields: Fields, source: str, first: int
 ) -> list[Example]:
     """The records as sequences of any length; ``first`` is the number of the first of them."""
-    if fields.messages_field is not None:
-        return _chats(records, tokenizer, fields.messages_field, source, first)
+    if names := fields.chats(records[0]):
+        return _chats(records, tokenizer, names, source, first)
     if fields.prompt_field is not None and fields.completion_field is not None:
         prompts = strings(records, fields.prompt_field, source, first)
         completions = strings(records, fields.completion_field, source, first)
@@ -135,12 +138,15 @@ def _completions(
 
 
 def _chats(
-    records: Sequence[Record], tokenizer: Tokenizer, field: str, source: str, first: int
+    records: Sequence[Record], tokenizer: Tokenizer, names: Sequence[str], source: str, first: int
 ) -> list[Example]:
     examples = []
-    for number, messages in enumerate(conversations(records, field, source, first), first):
+    for number, (messages, tools, since) in enumerate(
+        conversations(records, names, source, first), first
+    ):
         try:
-            examples.append(_example(*tokenizer.encode_chat(messages)))
+            encoded = tokenizer.encode_chat(messages, tools=tools, since=since)
+            examples.append(_example(*encoded))
         except UserError as error:
             where = place(records[number - first], number)
             raise UserError(f"{source}, {where}: {error}") from error

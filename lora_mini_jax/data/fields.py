@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_mini_jax.data.chat import Message
 from lora_mini_jax.data.files import Record, place
 from lora_mini_jax.errors import UserError
 
@@ -17,9 +16,11 @@ class Fields:
     """Which fields of a record hold what, and so which form it has. All ``None``: look and see.
 
     Attributes:
-        text_field: the text. With no field named, ``"text"``, unless records have ``"messages"``.
-        prompt_field: the prompt; goes with ``completion_field``.
-        completion_field: the completion; goes with ``prompt_field``.
+        text_field: the text. With no field named it is ``"text"``, unless records have
+            ``"messages"``, or have no such field but ``"conversations"``, or ``"prompt"`` and
+            ``"completion"``.
+        prompt_field: the prompt, text or a list of messages; goes with ``completion_field``.
+        completion_field: the completion, of the same form; goes with ``prompt_field``.
         messages_field: the list of messages.
         separator: put between prompt and completion, as part of the prompt.
 
@@ -62,14 +63,31 @@ class Fields:
             found = self
         elif "messages" in record:
             found = replace(self, messages_field="messages")
+        elif "text" not in record and "conversations" in record:
+            found = replace(self, messages_field="conversations")
         elif "text" not in record and {"prompt", "completion"} <= record.keys():
             found = replace(self, prompt_field="prompt", completion_field="completion")
         else:
             found = replace(self, text_field="text")
-        if found.prompt_field is None and self.separator != Fields.separator:
+        separate = found.prompt_field and not found.chats(record)
+        if not separate and self.separator != Fields.separator:
             raise UserError(f"separator {self.separator!r} goes between prompt and completion, and "
-                            "these records have none: leave it out")  # fmt: skip
+                            "these records have none that are text: leave it out")  # fmt: skip
         return found
+
+    def chats(self, record: Record) -> tuple[str, ...]:
+        """The fields of a record's messages, in their order; none where it has text.
+
+        Example:
+            >>> Fields(messages_field="talk").chats({"talk": []})
+            ('talk',)
+        """
+        if self.messages_field is not None:
+            return (self.messages_field,)
+        if self.prompt_field is None or self.completion_field is None:
+            return ()
+        told = isinstance(record.get(self.prompt_field), list)
+        return (self.prompt_field, self.completion_field) if told else ()
 
 
 def strings(records: Sequence[Record], field: str, source: str, first: int = 1) -> list[str]:
@@ -84,45 +102,13 @@ def strings(records: Sequence[Record], field: str, source: str, first: int = 1) 
     """
     values = values_of(records, field, source, first)
     for number, value in enumerate(values, first):
-        if not _is_text(value):
+        if not is_text(value):
             where = f"{source}, {place(records[number - first], number)}"
             raise UserError(
                 f"{where}: field {field!r} holds {'null' if value is None else repr(value):.60}, "
                 "which is no text: write a string of valid Unicode, or leave the record out"
             )
     return values
-
-
-def conversations(
-    records: Sequence[Record], field: str, source: str, first: int = 1
-) -> list[list[Message]]:
-    """The field's list of messages in every record; ``first`` is the number of the first of them.
-
-    Raises:
-        UserError: a record without the field, or with no list of messages in it that each have a
-            ``role`` and a ``content`` of text.
-
-    Example:
-        >>> conversations([{"m": [{"role": "user", "content": "Hi"}]}], "m", "chats.jsonl")
-        [[{'role': 'user', 'content': 'Hi'}]]
-    """
-    values = values_of(records, field, source, first)
-    for number, messages in enumerate(values, first):
-        where = f"{source}, {place(records[number - first], number)}"
-        _check_messages(messages, f"{where}, field {field!r}")
-    return values
-
-
-def _check_messages(messages: Any, where: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: {messages!r:.60} is not a list of messages: give one or more")
-    for number, message in enumerate(messages, 1):
-        for key in ("role", "content"):
-            if not isinstance(message, dict) or not _is_text(message.get(key)):
-                raise UserError(
-                    f"{where}, message {number}: {message!r:.60} has no {key} that is text: "
-                    'write {"role": "user", "content": "..."}'
-                )
 
 
 def values_of(records: Sequence[Record], field: str, source: str, first: int = 1) -> list[Any]:
@@ -138,7 +124,8 @@ def values_of(records: Sequence[Record], field: str, source: str, first: int = 1
     return [record[field] for record in records]
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
+    """Whether it is a string that a tokenizer takes."""
     if not isinstance(value, str):
         return False
     try:

@@ -45,6 +45,23 @@ def place(record: Record, number: int) -> str:
     return f"line {record.line}" if isinstance(record, At) else f"record {number}"
 
 
+def of_table(row: Record) -> Record:
+    """A row of a table without the keys that objects in it have of other rows: a column's objects
+    all have the same keys, null where a row has none, and a chat template would write those.
+
+    Example:
+        >>> of_table({"id": None, "messages": [{"role": "user", "content": "Hi", "name": None}]})
+        {'id': None, 'messages': [{'role': 'user', 'content': 'Hi'}]}
+    """
+    return {field: _own(value) for field, value in row.items()}
+
+
+def _own(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _own(inner) for key, inner in value.items() if inner is not None}
+    return [_own(inner) for inner in value] if isinstance(value, list) else value
+
+
 def chunks(records: Iterable[Record]) -> Iterator[tuple[int, list[Record]]]:
     """Lists of up to `CHUNK` records, each with the number of its first, from 1."""
     rest, first = iter(records), 1
@@ -157,7 +174,7 @@ def _parquet(path: Path) -> Iterator[Record]:
 
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
+            yield from map(of_table, batch.to_pylist())
     except pyarrow.ArrowException as error:
         raise UserError(
             f"{path} is not a parquet file ({one_line(error)}): write it again, or as .jsonl"

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from lora_mini_jax.data.chat import Message, assistant_spans, render_chat
+from lora_mini_jax.data.chat import assistant_spans, render_chat
+from lora_mini_jax.data.template import Message, Tools
 from lora_mini_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Tokenizer:
             whoever has the model must check that.
         chat_template: the Jinja source, ``None`` where the folder has none.
         special_tokens: the special tokens by the names a chat template knows them by.
+        tool_template: the template for conversations with tools, where the folder has one apart.
     """
 
     backend: "tokenizers.Tokenizer"
@@ -32,6 +34,7 @@ class Tokenizer:
     vocab_size: int
     chat_template: str | None
     special_tokens: dict[str, str]
+    tool_template: str | None = None
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``; no bos or eos is added."""
@@ -42,14 +45,14 @@ class Tokenizer:
         the tokenizer has it."""
         return [*self.opening, *self.encode(text)]
 
-    def chat_prompt(self, text: str) -> list[int]:
-        """The ids of one message of a user's, up to where the assistant begins to answer.
+    def chat_prompt(self, messages: Sequence[Message], *, tools: Tools = None) -> list[int]:
+        """The ids of a conversation, up to where the assistant begins to answer.
 
         Raises:
             UserError: as `apply_chat_template`.
         """
-        message: Message = {"role": "user", "content": text}
-        return self.encode(self.apply_chat_template([message], add_generation_prompt=True))
+        given = {"tools": tools, "add_generation_prompt": True}
+        return self.encode(self.apply_chat_template(messages, **given))
 
     @property
     def opening(self) -> list[int]:
@@ -79,7 +82,11 @@ class Tokenizer:
         return whole[len(list(same)) :]
 
     def apply_chat_template(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Tools = None,
+        add_generation_prompt: bool = False,
     ) -> str:
         """The conversation as the model's text, ready for ``encode`` (special tokens included).
 
@@ -87,20 +94,27 @@ class Tokenizer:
             UserError: the folder has no chat template, or it refuses these messages.
         """
         return render_chat(
-            self._template(),
+            self._template(tools),
             messages,
             self.special_tokens,
+            tools=tools,
             add_generation_prompt=add_generation_prompt,
         )
 
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """The ids of a conversation, and for each whether the assistant wrote any part of it.
+    def encode_chat(
+        self, messages: Sequence[Message], *, tools: Tools = None, since: int = 0
+    ) -> tuple[list[int], list[bool]]:
+        """The ids of a conversation, and for each whether the assistant wrote any part of it, in
+        message ``since`` or later.
 
         Raises:
             UserError: as ``apply_chat_template``, or the assistant's text cannot be told apart
                 (see ``chat.assistant_spans``).
         """
-        text, spans = assistant_spans(self._template(), messages, self.special_tokens)
+        template = self._template(tools)
+        text, spans = assistant_spans(
+            template, messages, self.special_tokens, tools=tools, since=since
+        )
         encoding = self.backend.encode(text, add_special_tokens=False)
         # Some tokens stand for no character (an inserted space): they count as one wide.
         mask = [
@@ -109,10 +123,13 @@ class Tokenizer:
         ]
         return encoding.ids, mask
 
-    def _template(self) -> str:
-        if self.chat_template is None:
+    def _template(self, tools: Tools) -> str:
+        template = self.chat_template
+        if tools is not None and self.tool_template is not None:
+            template = self.tool_template
+        if template is None:
             raise UserError(
                 "this tokenizer has no chat template: add chat_template.jinja to its folder, "
                 "or train on prompt and completion fields"
             )
-        return self.chat_template
+        return template

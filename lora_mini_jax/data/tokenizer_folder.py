@@ -71,7 +71,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
                 "correct tokenizer_config.json"
             )
     bos = special.get("bos_token") if named.get("add_bos_token") is not False else None
-    return _wrapped(backend, bos, special.get("eos_token"), _chat_template(path, config), special)
+    return _wrapped(backend, bos, special.get("eos_token"), _chat_templates(path, config), special)
 
 
 def _special_tokens(
@@ -93,7 +93,7 @@ def _wrapped(
     backend: "tokenizers.Tokenizer",
     bos: str | None,
     eos: str | None,
-    template: str | None,
+    templates: dict[str, str],
     special_tokens: dict[str, str],
 ) -> Tokenizer:
     # Many saved tokenizers still carry the cutting and padding of their last run.
@@ -102,7 +102,8 @@ def _wrapped(
     bos_id = None if bos is None else backend.token_to_id(bos)
     eos_id = None if eos is None else backend.token_to_id(eos)
     size = max(backend.get_vocab().values(), default=-1) + 1
-    return Tokenizer(backend, bos_id, eos_id, size, template, special_tokens)
+    template, with_tools = templates.get("default"), templates.get("tool_use")
+    return Tokenizer(backend, bos_id, eos_id, size, template, special_tokens, with_tools)
 
 
 def _from_transformers(path: Path) -> Tokenizer:
@@ -116,21 +117,22 @@ def _from_transformers(path: Path) -> Tokenizer:
         raise UserError(
             f"no tokenizer in {path} ({one_line(error)}): give a folder that holds tokenizer.json"
         ) from error
-    template = loaded.chat_template if isinstance(loaded.chat_template, str) else None
+    given = loaded.chat_template
+    templates = given if isinstance(given, dict) else {"default": given}
     special = {k: v for k, v in loaded.special_tokens_map.items() if isinstance(v, str)}
     bos, eos = special.get("bos_token"), special.get("eos_token")
-    return _wrapped(backend, bos, eos, template, special)
+    return _wrapped(backend, bos, eos, templates, special)
 
 
 def _optional(path: Path) -> dict[str, Any]:
     return read_object(path) if path.is_file() else {}
 
 
-def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
+def _chat_templates(path: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The chat templates by name: ``default``, and of some models ``tool_use`` among others."""
     if (path / "chat_template.jinja").is_file():
-        return (path / "chat_template.jinja").read_text(encoding="utf-8")
+        return {"default": (path / "chat_template.jinja").read_text(encoding="utf-8")}
     given = config.get("chat_template")
     if isinstance(given, list):
-        named = {item["name"]: item["template"] for item in given}
-        return named.get("default")
-    return given if isinstance(given, str) else None
+        return {item["name"]: item["template"] for item in given}
+    return {"default": given} if isinstance(given, str) else {}

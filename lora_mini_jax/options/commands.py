@@ -57,8 +57,11 @@ class Inspect(AdapterOptions):
 class Generate:
     """Continue prompts with a decoder, or answer them with a T5, with or without an adapter."""
 
-    prompt: tuple[str, ...]
+    prompt: tuple[str, ...] = ()
     """One or more prompts; a T5 reads them as sources, and its answers alone are printed."""
+    prompts: str | None = None
+    """Instead, data with a prompt in every record, in a field prompt or text: a file, a folder or a
+    hub id, as for finetune. With --chat the field may be messages, with tools beside it."""
     model: str | None = None
     """A decoder or a T5: folder or hub id; by default the one that the adapter was trained on.
     Without an adapter, the small demo model in the package is used."""
@@ -67,6 +70,10 @@ class Generate:
     chat: bool = False
     """Each prompt is a user's message, put through the model's chat template; the answers alone are
     printed."""
+    system: str | None = None
+    """With --chat: the system's message, before every prompt."""
+    stop: tuple[str, ...] = ()
+    """Texts at which a printed text ends, before the first of them."""
     max_new_tokens: int = 64
     """At most so many tokens are written for each prompt."""
     temperature: float = 0.0
@@ -85,14 +92,21 @@ class Generate:
     """Go on although the adapter was trained on other weights."""
 
     def __post_init__(self) -> None:
-        if not self.prompt:
-            raise UserError("--prompt has no text: give one or more")
+        if not self.prompt and self.prompts is None:
+            raise UserError("--prompt has no text: give one or more, or data with --prompts")
+        if self.prompt and self.prompts is not None:
+            raise UserError("--prompt and --prompts are both given: leave one out")
+        if self.system is not None and not self.chat:
+            raise UserError("--system is for chats: add --chat, or leave it out")
+        if "" in self.stop:
+            raise UserError("--stop has an empty text, which is everywhere: leave it out")
         check_numbers(self, {"seed": SEED})
-        for text in self.prompt:
+        for text in (*self.prompt, self.system or ""):
             try:
                 text.encode()
             except UnicodeEncodeError:  # Python keeps the bytes of such words as half characters
-                raise UserError(f"--prompt {text!r} is not UTF-8 text: give it as UTF-8") from None
+                name = "--system" if text == self.system else "--prompt"
+                raise UserError(f"{name} {text!r} is not UTF-8 text: give it as UTF-8") from None
 
 
 @dataclass(frozen=True)

@@ -39,14 +39,15 @@ class Finetune(Training, AdapterOptions, LabelOptions):
     """The run folder: config, metrics, checkpoints, adapter and report."""
 
     text_field: str | None = None
-    """Field that holds the text; by default "text", or "messages", or "prompt" and "completion"
-    where records have those."""
+    """Field that holds the text; by default "text", or "messages", "conversations", or "prompt" and
+    "completion" where records have those."""
     prompt_field: str | None = None
     """Field that holds the prompt, on which no loss is taken; of a T5 the source."""
     completion_field: str | None = None
     """Field that holds the completion; of a T5 the target."""
     messages_field: str | None = None
-    """Field that holds chat messages; loss is taken on the assistant's turns."""
+    """Field that holds chat messages, with or without "tools" beside it; loss is taken on the
+    assistant's turns."""
     separator: str = "\n"
     """Put between prompt and completion, where they are one text."""
     packing: bool = True
