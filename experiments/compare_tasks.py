@@ -10,11 +10,12 @@ examples; ``lora-mini compare`` then runs it with all seeds, and
 the other half is what is reported. The control is the same on a base whose weights are random.
 
 A run that is finished is not run again, so an interrupted experiment goes on. Writes
-``results/compare_TASK.json``, ``.md`` and, for each of three costs, a picture.
+``results/compare_TASK.json``, and by ``experiments.compare_plot`` ``.md`` and ``.svg`` beside it.
 """
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,14 +24,13 @@ import jax
 import numpy as np
 import tyro
 
-from lora_mini_jax.errors import UserError
+from experiments.compare_plot import write
 from lora_mini_jax.files import read_json, write_json, write_text
 from lora_mini_jax.models import load, save
 from lora_mini_jax.options import Compare
 from lora_mini_jax.runs.compare import compare
 from lora_mini_jax.runs.finetune import finetune
-from lora_mini_jax.runs.plots import loss_against
-from lora_mini_jax.runs.report import COSTS
+from lora_mini_jax.runs.meter import Diverged
 
 Row = dict[str, Any]
 TYPES = "ABCDEF"
@@ -89,7 +89,7 @@ def main(options: Options) -> None:
         chosen = tuple(arm for arm in arms if re.search(options.only, arm))
         if chosen:
             found[name] = found.get(name, {}) | measure(options, base, files, chosen)
-            write(options, found)
+            record(options, found)
 
 
 def result(options: Options) -> Path:
@@ -105,6 +105,8 @@ def measure(options: Options, base: str, files: dict[str, str], arms: tuple[str,
     rows = compare(given(options, base, files, "reporting", tuple(specs), options.seeds))
     runs: dict[str, list[Row]] = {arm: [] for arm in arms}
     for row in rows:
+        if "diverged_at" in row:
+            raise SystemExit(f"{row['spec']}, seed {row['seed']} diverged: lower its ARMS")
         runs[specs[row["spec"]]].append({name: row[name] for name in KEPT})
     return {
         arm: {"lr": chosen[arm], "tuning": {f"{k:g}": v for k, v in tuning[arm].items()},
@@ -120,12 +122,9 @@ def tune(options: Options, base: str, files: dict[str, str], arm: str) -> dict[f
     for factor in options.grid:
         lr = float(f"{ARMS[arm] * factor:.3g}")
         spec = at(arm, lr)
-        try:
-            run = given(options, base, files, "tuning", (spec,), (seed,)).run_options(spec, seed)
+        run = given(options, base, files, "tuning", (spec,), (seed,)).run_options(spec, seed)
+        with suppress(Diverged):
             losses[lr] = finetune(run, say=lambda line: None)["valid_loss_after"]
-        except UserError as error:
-            if ": stopped;" not in str(error):
-                raise
         print(spec, losses.get(lr), flush=True)
     return losses
 
@@ -213,47 +212,12 @@ def written(work: Path, *parts: list[Row]) -> dict[str, str]:
     return files
 
 
-def write(options: Options, found: dict[str, Row]) -> None:
-    """The results as JSON, as a table, and as pictures of quality against three costs."""
+def record(options: Options, found: dict[str, Row]) -> None:
+    """The results as JSON, and beside it as a table and a picture."""
     path = result(options)
     shared = {"task": options.task, "model": options.model.name, "budget": options.budget}
     write_json(path, {**shared, "seeds": options.seeds, "grid": options.grid, "bases": found})
-    write_text(path.with_suffix(".md"), table(read_json(path)["bases"]))
-    runs = {arm.replace(":", " "): entry["runs"] for arm, entry in found["pretrained"].items()}
-    before = next(iter(runs.values()))[0]["valid_loss_before"]
-    for cost, name in COSTS.items():
-        points = {arm: ([r[cost] for r in rows], [r["valid_loss_after"] for r in rows])
-                  for arm, rows in runs.items()}  # fmt: skip
-        picture = loss_against(name, points, before)
-        write_text(path.with_name(f"{path.stem}_{cost}.svg"), picture)
-
-
-def table(bases: dict[str, Row]) -> str:
-    """A markdown table, the best first; the random base below."""
-    lines = [
-        "| method | base | trained | held-out loss | examples right | step, ms | step, MB | lr |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for base, arms in bases.items():
-        order = sorted(arms, key=lambda arm: mean(arms[arm]["runs"], "valid_loss_after")[0])
-        for arm in order:
-            runs, lr = arms[arm]["runs"], arms[arm]["lr"]
-            loss, spread = mean(runs, "valid_loss_after")
-            right, right_spread = mean(runs, "valid_right_after")
-            lines.append(
-                f"| {arm.replace(':', ' ').replace(',', ' ')} | {base} | "
-                f"{runs[0]['trainable']:,} | {loss:.3f} ± {spread:.3f} | "
-                f"{right:.1%} ± {right_spread:.1%} | "
-                f"{1e3 * mean(runs, 'step_seconds')[0]:.0f} | "
-                f"{runs[0]['step_bytes'] / 1e6:.1f} | {lr:g} |"
-            )
-    return "\n".join(lines) + "\n"
-
-
-def mean(runs: list[Row], name: str) -> tuple[float, float]:
-    """Mean and standard deviation over the seeds."""
-    values = [run[name] for run in runs]
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    write(path)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,18 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import tyro
 
+from experiments.compare_plot import limits
 from lora_mini_jax.files import read_json, write_text
 
 Result = dict[str, Any]
 COLOURS = {"orthogonal": "#0072B2", "svd": "#009E73", "gradient": "#E41A1C",
            "activation": "#984EA3", "fan_in": "#D55E00", "normal": "#CC79A7"}  # fmt: skip
-OTHERS = {"lora-mini-diag": ("LoRA-Mini-diag, gradient", "*"), "lora-xs": ("LoRA-XS", "x"),
-          "vera": ("VeRA", "v"), "miss": ("MiSS mini", "D")}  # fmt: skip
+OTHERS = {"lora-mini-diag": ("LoRA-Mini-diag, gradient", "#8C510A", "*"),
+          "lora-xs": ("LoRA-XS", "#00B4C8", "x"), "vera": ("VeRA", "#9A9A00", "v"),
+          "miss": ("MiSS mini", "#1B2A6B", "D")}  # fmt: skip
+KERNELS = {"self_attn": ("attention", 1), "mlp": ("mlp", -1), "down_proj": ("down", 1)}
+"""Which kernels LoRA adapts where it does not adapt all, in words; and on which side of the point
+there is room for them, right or left."""
 BUDGETS = (10, 20)
 
 
@@ -65,21 +70,24 @@ def table(found: dict[str, Result]) -> str:
 def draw(found: list[Result], title: str) -> plt.Figure:
     """Held-out loss against trained parameters, a line along the best of each kind."""
     figure, axes = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
+    _, top = limits([(r["mean"], r["std"]) for r in found])
+    above, found = ([r for r in found if (r["mean"] > top) == far] for far in (True, False))
     loras = of(found, "lora")
     whole = [r for r in loras if r["include"] == "all-linear"]
     series(axes, whole, "LoRA, all linear kernels", "black", "o")
-    series(axes, [r for r in loras if r not in whole], "LoRA, some kernels", "0.55", "s")
+    some_kernels(axes, [r for r in loras if r not in whole])
     for outer_init, colour in COLOURS.items():
         own = [r for r in found if r["method"].get("outer_init") == outer_init]
         series(axes, own, f"LoRA-Mini, {outer_init}", colour, "^")
-    for name, (label, marker) in OTHERS.items():
-        series(axes, of(found, name), label, "#A6761D", marker)
+    for name, (label, colour, marker) in OTHERS.items():
+        series(axes, of(found, name), label, colour, marker)
+    mark(axes, above, top)
     most = max(r["trained"] for r in whole)
     for factor in BUDGETS:
         axes.axvline(most / factor, color="0.8", linewidth=1, zorder=0)
         label = f"{factor}x fewer\nthan LoRA r=8"
         axes.annotate(
-            label, (most / factor, 0.99), xycoords=("data", "axes fraction"), va="top",
+            label, (most / factor, 0.01), xycoords=("data", "axes fraction"), va="bottom",
             xytext=(3, 0), textcoords="offset points", fontsize=8, color="0.4",
         )  # fmt: skip
     axes.set(
@@ -98,12 +106,37 @@ def draw(found: list[Result], title: str) -> plt.Figure:
     return figure
 
 
+def mark(axes: plt.Axes, above: list[Result], top: float) -> None:
+    """End the axis at ``top``, and write at that edge what lies above it."""
+    for r in above:
+        kind = r["method"].get("outer_init") or r["method"]["method"]
+        axes.annotate(
+            f"↑ {kind}: {r['mean']:.2f}", (r["trained"], top), va="top", fontsize=9,
+            xytext=(-4, -2), textcoords="offset points", color=COLOURS.get(kind, "0.2"),
+        )  # fmt: skip
+    if above:
+        axes.set_ylim(top=top)
+
+
+def some_kernels(axes: plt.Axes, found: list[Result]) -> None:
+    """LoRA on some of the kernels: points, each with its kernels' name, for they are no series."""
+    for r in found:
+        name, side = KERNELS[r["include"]]
+        axes.annotate(
+            name, (r["trained"], r["mean"]), va="center", ha="left" if side > 0 else "right",
+            xytext=(7 * side, 0), textcoords="offset points", fontsize=9, color="0.35",
+        )  # fmt: skip
+    series(axes, found, "LoRA, some kernels", "0.45", "s", line=False)
+
+
 def of(found: list[Result], method: str) -> list[Result]:
     """The results of one method."""
     return [r for r in found if r["method"]["method"] == method]
 
 
-def series(axes: plt.Axes, found: list[Result], label: str, colour: str, marker: str) -> None:
+def series(
+    axes: plt.Axes, found: list[Result], label: str, colour: str, marker: str, line: bool = True
+) -> None:
     """Every point with its error bar, and a line along those that no smaller one beats."""
     if not found:
         return
@@ -111,7 +144,9 @@ def series(axes: plt.Axes, found: list[Result], label: str, colour: str, marker:
     best = [
         r for i, r in enumerate(found) if r["mean"] < min([s["mean"] for s in found[:i]] + [99])
     ]
-    axes.plot([r["trained"] for r in best], [r["mean"] for r in best], color=colour, linewidth=1.4)
+    if line:
+        along = [r["trained"] for r in best], [r["mean"] for r in best]
+        axes.plot(*along, color=colour, linewidth=1.4)
     axes.errorbar(
         [r["trained"] for r in found], [r["mean"] for r in found], [r["std"] for r in found],
         color=colour, marker=marker, markersize=5, linestyle="none", capsize=2, linewidth=1,

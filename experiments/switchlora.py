@@ -8,8 +8,9 @@ held-out ones in two halves. Each method's learning rate is chosen on the first 
 from the same grid about a centre of its own; the second half is what is reported, for all seeds.
 
 One run at a time; a run that was stopped goes on where it was, and runs that the results hold are
-not run again. ``--only`` picks runs by a regular expression on their names, ``--grid 0.25 4`` adds
-learning rates later on. Writes ``results/switchlora.json``, ``.md`` and ``.svg``.
+not run again. ``--only`` picks runs by a regular expression on their names, of which ``'^$'`` picks
+none and only draws; ``--grid 0.25 4`` adds learning rates later on. Writes
+``results/switchlora.json``, ``.md`` and ``.svg``.
 """
 
 import re
@@ -24,11 +25,11 @@ import tyro
 
 from experiments.stdlib_text import held_out_loss, texts
 from experiments.switchlora_plot import picture, table
-from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import read_json, write_json, write_text
 from lora_mini_jax.options import Pretrain
 from lora_mini_jax.options.pretrain import FromScratch
 from lora_mini_jax.runs.folder import RunFolder
+from lora_mini_jax.runs.meter import Diverged
 from lora_mini_jax.runs.pretrain import pretrain
 
 Row = dict[str, Any]
@@ -114,7 +115,7 @@ def main(options: Options) -> None:
             f"{options.rank}, {len(options.seeds)} seeds"
         )
         write_text(options.out.with_suffix(".md"), table(heading, found))
-        write_text(options.out.with_suffix(".svg"), picture(found))
+        write_text(options.out.with_suffix(".svg"), picture(found, options.seeds[0]))
 
 
 def once(
@@ -155,9 +156,7 @@ def measured(given: Pretrain, reporting: Path) -> Row:
     folder = RunFolder(given)
     try:
         summary = pretrain(given, say=lambda line: None)
-    except UserError as error:
-        if ": stopped;" not in str(error):
-            raise
+    except Diverged as error:
         shutil.rmtree(folder.path)
         return {"tuning_loss": None, "loss": None, "diverged": str(error)}
     loss = held_out_loss(folder.model, reporting, given.max_length)

@@ -15,6 +15,16 @@ COUNTS = {
     "frozen_bytes": "bytes the method carries",
 }
 
+NAMES = {
+    "full": "full rank",
+    "lora": "LoRA",
+    "relora": "ReLoRA",
+    "switchlora": "SwitchLoRA",
+    "switchlora-often": "SwitchLoRA, switching often",
+    "switchlora-still": "SwitchLoRA, never switching",
+}
+"""The arms as people call them."""
+
 
 def table(heading: str, found: Mapping[str, Row]) -> str:
     """A markdown table, one line a method; ``found`` has each method's ``runs``, ``lr`` and whether
@@ -34,13 +44,15 @@ def table(heading: str, found: Mapping[str, Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(found: Mapping[str, Row]) -> str:
-    """Training and held-out loss by step, the first seed of each method; SVG."""
-    first = {name: next(run for run in row["runs"] if run["loss"] is not None)
-             for name, row in found.items()}  # fmt: skip
+def picture(found: Mapping[str, Row], seed: int) -> str:
+    """Training and held-out loss by step, of each method the first seed; SVG. A method whose first
+    run diverged is left out."""
+    first = {NAMES.get(name, name): row["runs"][0] for name, row in found.items()}
+    first = {name: run for name, run in first.items() if run["loss"] is not None}
     return loss_curves(
         {name: _points(run, "loss") for name, run in first.items()},
         {name: _points(run, "valid_loss") for name, run in first.items()},
+        f"training loss, nats, seed {seed}",
     )
 
 

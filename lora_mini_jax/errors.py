@@ -55,6 +55,8 @@ def told_of_memory() -> Generator[None]:
     """Turn what JAX raises when a device has no room into a `UserError` that says what to do."""
     try:
         yield
+    except UserError:  # told already, perhaps of memory
+        raise
     except Exception as error:
         if not any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")):
             raise

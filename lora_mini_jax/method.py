@@ -236,6 +236,11 @@ class Method(Settings, ABC):
         """Those of `stored` that only training needs; a saved adapter does without."""
         return frozenset()
 
+    def notes(self, steps: int) -> list[str]:
+        """What a user should know of training with it for so many updates, such as a part of it
+        that so short a run never comes to."""
+        return []
+
     def rate(self, schedule: Schedule, warmup_ratio: float) -> Schedule:
         """The learning rate by update that training with this method takes, made of the one that
         was asked for; ``warmup_ratio`` is the share of the steps it rises in."""

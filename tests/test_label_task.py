@@ -42,6 +42,10 @@ def finished(place):
     return given, quiet(given)
 
 
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -223,11 +227,15 @@ def test_compare_shows_the_metric(place, capsys):
     main(["compare", *flags, *both, "--rank", "1", "--max-length", "24", "--methods", "lora",
            "full:target_modules=head-only", "--seeds", "0"])  # fmt: skip
     said = capsys.readouterr().out
-    assert "accuracy" in said
+    before = summary_of(place / "both")["rows"][0]["valid_accuracy_before"]
+    head, _, first, _ = said[said.index("method  ") :].splitlines()[:4]
+    assert "accuracy before  accuracy after" in head
+    start = head.index("accuracy before")
+    assert first[start : start + len("accuracy before")].strip() == f"{before:.1%}"
     assert "Matthews" in said
     assert "examples right" not in said
     assert "held-out accuracy" in (place / "both" / "report.html").read_text()
-    summary = json.loads((place / "both" / "summary.json").read_text())
+    summary = summary_of(place / "both")
     assert all("valid_matthews_after" in row for row in summary["rows"])
     assert summary["rows"][1]["trainable"] == 16 * 17 + 17 * 2
 

@@ -30,3 +30,12 @@ def test_pictures_on_one_page_share_no_name_and_know_their_own():
         assert used
         found += own
     assert len(found) == len(set(found))
+
+
+def test_the_steps_of_a_search_are_called_so():
+    whole = {"lora": ([1, 2], [3.0, 2.0])}
+    search = {**whole, "searched": ([-4, -1, 2], [3.0, 2.5, 2.0])}
+    said = "step; below 0, shaded: of the search"
+    assert said in words(loss_curves(search, {}))
+    assert said in words(loss_curves(whole, {"searched": ([-4, 2], [3.0, 2.5])}))
+    assert said not in words(loss_curves(whole, {"none": ([], [])}))

@@ -202,6 +202,13 @@ def test_the_length_of_the_run_is_told_to_a_method_that_has_one(place):
         assert lengths == {None, expected}
 
 
+def test_a_run_without_a_restart_says_so(place):
+    given = {"settings": ("rank=4", "reset_every=50")}
+    assert prepare(options(place, "relora", steps=51, **given)).notes == []
+    (note,) = prepare(options(place, "relora", steps=50, **given)).notes
+    assert note.startswith("no restart within 50 steps")
+
+
 def test_relora_warms_up_again_after_a_restart(place):
     changes = {"schedule": "constant", "warmup_ratio": 0.5, "learning_rate": 1.0}
     again = learning_rate(options(place, "relora", settings=("reset_every=10",), **changes), 20)

@@ -137,6 +137,12 @@ def test_the_share_of_warming_up_is_of_the_steps_between_resets():
         assert [float(rates[0](t)) for t in range(20)] == [float(rates[1](t)) for t in range(20)]
 
 
+def test_a_run_in_which_it_never_restarts_is_told():
+    assert METHOD.notes(EVERY + 1) == []
+    (note,) = METHOD.notes(EVERY)
+    assert note.startswith(f"no restart within {EVERY} steps")
+
+
 @pytest.mark.parametrize("name", ["reset_every", "warmup"])
 @pytest.mark.parametrize("bad", [0, 1.5, True])
 def test_a_bad_jagged_schedule_is_refused(name: str, bad: Any):

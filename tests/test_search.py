@@ -36,6 +36,7 @@ from lora_mini_jax.methods import DiffoRA, MiSS, VeRA, from_dict
 from lora_mini_jax.models import load as load_model
 from lora_mini_jax.runs.finetune import finetune
 from lora_mini_jax.runs.folder import RunFolder
+from lora_mini_jax.runs.meter import Diverged
 from lora_mini_jax.search.choice import common_method, discretise, openings
 from lora_mini_jax.search.search import halves, make_search_step, search_state
 from lora_mini_jax.sharding import make_mesh
@@ -555,8 +556,9 @@ def test_a_search_whose_loss_is_not_finite_stops(place, monkeypatch):
         return make(lambda *given: (loss(*given)[0] * jnp.nan, 1), *args, **kwargs)
 
     monkeypatch.setattr(search_run, "make_search_step", poisoned)
-    with pytest.raises(UserError, match="search's loss is not finite by its step 2"):
+    with pytest.raises(Diverged, match="search's loss is not finite by its step 2") as raised:
         quiet(given)
+    assert raised.value.step < 0, "as the search's steps in the metrics"
     assert not (place / "diverged" / "searched").exists()
 
 

@@ -2,7 +2,7 @@
 
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.runs.finetune import finetune
-from lora_mini_jax.runs.report import kept_text
+from lora_mini_jax.runs.settings_page import kept_text
 from lora_mini_jax.runs.tables import COLUMNS, table_row
 
 

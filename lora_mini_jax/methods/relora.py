@@ -71,6 +71,12 @@ class ReLoRA(LowRank):
     def stored(self) -> frozenset[str]:
         return frozenset({"dense"})
 
+    def notes(self, steps: int) -> list[str]:
+        if steps > self.reset_every:
+            return []
+        return [f"no restart within {steps} steps, for reset_every is {self.reset_every}: give a "
+                "lower --reset-every"]  # fmt: skip
+
     def rate(self, schedule: Schedule, warmup_ratio: float) -> Schedule:
         """Warms up again after every restart, over the same share of the steps to the next."""
         return jagged(schedule, self.reset_every, max(1, round(warmup_ratio * self.reset_every)))

@@ -10,9 +10,10 @@ from lora_mini_jax.runs.best import Best
 from lora_mini_jax.runs.folder import Row, RunFolder
 from lora_mini_jax.runs.loop import fit
 from lora_mini_jax.runs.meter import typical, waited
+from lora_mini_jax.runs.outcome import Outcome
 from lora_mini_jax.runs.report import run_report
 from lora_mini_jax.runs.run import Log, Run
-from lora_mini_jax.runs.schedule import of_length, optimizer
+from lora_mini_jax.runs.schedule import length_notes, of_length, optimizer
 from lora_mini_jax.runs.search import check_search, searched
 from lora_mini_jax.saved.storage import save
 from lora_mini_jax.tasks.kinds import prepare
@@ -44,7 +45,8 @@ def finetune(options: Finetune, say: Log = print) -> Row:
     task = prepare(options)
     check_search(task)
     steps = total_steps(options, len(task.train))
-    task = replace(task, sites=of_length(task.sites, steps, options.parsed_settings()))
+    sites = of_length(task.sites, steps, options.parsed_settings())
+    task = replace(task, sites=sites, notes=[*task.notes, *length_notes(sites, steps)])
     with run.folder.alone():
         return train(run, task, steps)
 
@@ -77,7 +79,7 @@ def train(run: Run[Finetune], task: Task, steps: int) -> Row:
                in zip(before, task.samples(kept), strict=True)]  # fmt: skip
     step = best.step if best else steps
     summary = summarize(options, task, kept, folder, step) | {"samples": samples}
-    run_report(folder.path, summary, folder.metrics())
+    run_report(folder.path, Outcome(options, summary, folder.metrics()))
     folder.finish(summary)
     return summary
 

@@ -28,7 +28,8 @@ ELSEWHERE = ("output_dir", "cache_dir", "mesh", "coordinator", "processes", "pro
 """Options that a run may go on with another way: where it runs, what it keeps for the backward pass
 and how often it writes is not what it computes."""
 LOCK = ".lock"
-PASSING = ("data.json", "metrics.jsonl", "tensorboard", "checkpoints", "matrix.json")
+PASSING = ("data.json", "metrics.jsonl", "tensorboard", "checkpoints", "matrix.json",
+           "diverged.json")  # fmt: skip
 """What is of no use without a checkpoint, an adapter or a summary."""
 
 
@@ -147,6 +148,16 @@ class RunFolder:
     def finish(self, summary: Row) -> None:
         """Mark the run as finished."""
         write_json(self.path / "summary.json", summary)
+
+    def diverged(self) -> int | None:
+        """The step at which a comparison saw this run diverge; None for one that did not."""
+        path = self.path / "diverged.json"
+        found = path.exists() and not self._replaces  # else it is of other options
+        return read_json(path)["step"] if found else None
+
+    def set_diverged(self, step: int) -> None:
+        """Note that the run diverged, so that it is not run again."""
+        write_json(self.path / "diverged.json", {"step": step})
 
     def metrics(self) -> list[Row]:
         """The lines of metrics.jsonl; a last line that a kill cut short is left out."""

@@ -20,6 +20,19 @@ from lora_mini_jax.runs.folder import Row, RunFolder
 T = TypeVar("T")
 
 
+class Diverged(UserError):
+    """A loss or gradient that is not finite, or a held-out loss.
+
+    Args:
+        message: the whole line for the user.
+        step: at which it was seen; below 0 in a search, whose steps count up to 0.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class Meter:
     """Progress bar, metrics.jsonl and TensorBoard, without waiting for the device at every step."""
 
@@ -70,7 +83,7 @@ class Meter:
         """Fetch and write what is pending.
 
         Raises:
-            UserError: a loss or gradient that is not finite, with its step.
+            Diverged: a loss or gradient that is not finite, with its step.
         """
         if not self._pending:
             return
@@ -80,12 +93,8 @@ class Meter:
         first = self._step - len(self._pending)
         bad = np.flatnonzero(~np.isfinite(losses) | ~np.isfinite(norms))
         if bad.size:
-            raise UserError(
-                f"loss {losses[bad[0]]} with gradient norm {norms[bad[0]]} at step "
-                f"{first + bad[0] + 1}: stopped; begin again with a lower --learning-rate and "
-                "another --output-dir, or look at the data (checkpoints from before, if there "
-                f"are any, stay in {self._folder.checkpoints})"
-            )
+            said = f"loss {losses[bad[0]]} with gradient norm {norms[bad[0]]}"
+            raise self._diverged(said, int(first + bad[0] + 1))
         now = time.monotonic()
         elapsed, n = max(now - self._last, 1e-9), len(self._pending)
         speed = sum(int(np.asarray(tokens)) for tokens in self._tokens) / elapsed
@@ -98,7 +107,13 @@ class Meter:
         self._write({name: float(value) for name, value in row.items()})
 
     def evaluated(self, found: Row) -> None:
-        """Write what an evaluation found; the time it took is not counted as training speed."""
+        """Write what an evaluation found; the time it took is not counted as training speed.
+
+        Raises:
+            Diverged: a held-out loss that is not finite.
+        """
+        if not np.isfinite(loss := found["valid_loss"]):
+            raise self._diverged(f"held-out loss {loss}", self._step)
         self._last = time.monotonic()
         self._write(found)
 
@@ -115,6 +130,14 @@ class Meter:
             sizes = memory.argument_size_in_bytes, memory.output_size_in_bytes
             total = sum(sizes) - memory.alias_size_in_bytes + memory.temp_size_in_bytes
             self._write({"step_bytes": total})
+
+    def _diverged(self, said: str, step: int) -> Diverged:
+        return Diverged(
+            f"{said} at step {step}: stopped; begin again with a lower --learning-rate and another "
+            "--output-dir, or look at the data (checkpoints from before, if there are any, stay in "
+            f"{self._folder.checkpoints})",
+            step,
+        )
 
     def _write(self, row: Row) -> None:
         seconds = round(self._before + time.monotonic() - self._began, 3)

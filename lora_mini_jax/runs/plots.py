@@ -15,6 +15,7 @@ def loss_curves(
     name: str = "loss, nats per token",
 ) -> str:
     """Training loss by step as lines, held-out loss as dots joined by dashes; one colour a run.
+    Steps below 0 are those of a search before the training, and shaded.
 
     Args:
         curves: ``{run: (steps, losses)}``.
@@ -26,7 +27,11 @@ def loss_curves(
         axes.plot(steps, losses, color=f"C{i}", lw=1.3, label=run)
     for i, (steps, losses) in enumerate(held_out.values()):
         axes.plot(steps, losses, "o--", color=f"C{i}", ms=4, lw=0.8)
-    axes.set_xlabel("step")
+    drawn = (*curves.values(), *held_out.values())
+    start = min((min(steps) for steps, _ in drawn if steps), default=0)
+    if start < 0:
+        axes.axvspan(start, 0, color="0.93", zorder=0)
+    axes.set_xlabel("step; below 0, shaded: of the search" if start < 0 else "step")
     axes.set_ylabel(f"{name}; dots: held out" if held_out else name)
     _legend(axes)
     return _svg(figure)

@@ -22,11 +22,13 @@ from lora_mini_jax.options import Pretrain
 from lora_mini_jax.runs.folder import Row, RunFolder
 from lora_mini_jax.runs.loop import fit
 from lora_mini_jax.runs.meter import typical
+from lora_mini_jax.runs.outcome import Outcome
 from lora_mini_jax.runs.plots import loss_curves
-from lora_mini_jax.runs.report import points, settings_html, write_page
+from lora_mini_jax.runs.report import points, write_page
 from lora_mini_jax.runs.run import Log, Run
 from lora_mini_jax.runs.schedule import optimizer
 from lora_mini_jax.runs.scratch import begin, prepare
+from lora_mini_jax.runs.settings_page import settings_html
 from lora_mini_jax.runs.tables import table_html, table_text
 from lora_mini_jax.tasks.task import Task
 from lora_mini_jax.training.train import TrainState
@@ -78,6 +80,8 @@ def train(run: Run[Pretrain], task: Task) -> Row:
     """All of `pretrain` that writes: the run whose task is prepared; returns its summary."""
     options, folder, devices, say = run.options, run.folder, run.devices, run.say
     folder.create(train=task.train, valid=task.valid)
+    for note in task.notes:
+        say(note)
     say(f"{task.train.packed.loss_mask.sum():,} tokens to train on, "
         f"{task.valid.packed.loss_mask.sum():,} held out")  # fmt: skip
 
@@ -90,7 +94,7 @@ def train(run: Run[Pretrain], task: Task) -> Row:
     merged = merge(task.params, state.adapter)
     save(folder.model, task.model, merged, tokenizer_from=options.tokenizer)
     summary = summarize(options, task, state, folder)
-    report(folder, summary)
+    report(folder, options, summary)
     folder.finish(summary)
     say(table_text([table_row(summary)], COLUMNS))
     say(f"model:  {folder.model}\nreport: {folder.path / 'report.html'}")
@@ -149,7 +153,7 @@ def table_row(summary: Row) -> dict[str, str]:
     }
 
 
-def report(folder: RunFolder, summary: Row) -> Path:
+def report(folder: RunFolder, options: Pretrain, summary: Row) -> Path:
     """Write ``report.html``; returns its path."""
     name, metrics = summary["method"], folder.metrics()
     return write_page(
@@ -157,5 +161,5 @@ def report(folder: RunFolder, summary: Row) -> Path:
         f"Pre-training with {name}",
         table_html([table_row(summary)], COLUMNS),
         loss_curves({name: points(metrics, "loss")}, {name: points(metrics, "valid_loss")}),
-        settings_html({name: summary}),
+        settings_html({name: [Outcome(options, summary)]}),
     )

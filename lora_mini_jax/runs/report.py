@@ -6,8 +6,10 @@ from pathlib import Path
 
 from lora_mini_jax.files import read_json, write_text
 from lora_mini_jax.runs.folder import Row
+from lora_mini_jax.runs.outcome import Outcome, diverged_runs, finished
 from lora_mini_jax.runs.plots import Points, heat_map, loss_against, loss_curves
-from lora_mini_jax.runs.tables import MEASURES, label, table_html, table_row
+from lora_mini_jax.runs.settings_page import settings_html
+from lora_mini_jax.runs.tables import MEASURES, label, outcomes_row, table_html, table_row
 
 COSTS = {
     "trainable": "trained parameters",
@@ -27,14 +29,17 @@ th:first-child, td:first-child { text-align: left }
 th { font-size: .85em; vertical-align: bottom }
 pre { background: #f4f6f8; padding: .8em; white-space: pre-wrap; border-radius: 4px }
 .prompt { color: #6b7785 }
+.options table { width: auto; margin-bottom: 1em } .options p { overflow-wrap: anywhere }
+.options th, .options td { text-align: left; white-space: normal; overflow-wrap: anywhere }
 @media (prefers-color-scheme: dark) { body { background: #14181d; color: #d8dee6 }
   svg { background: #fff; border-radius: 4px } pre { background: #1f262e }
   th, td { border-color: #333c46 } }
 """
 
 
-def run_report(folder: Path, summary: Row, metrics: Sequence[Row]) -> Path:
-    """Write ``report.html`` of one run; returns its path."""
+def run_report(folder: Path, run: Outcome) -> Path:
+    """Write ``report.html`` of one finished run; returns its path."""
+    summary, metrics = run.summary, run.metrics
     name, metric = summary["method"], summary["metric"]
     return write_page(
         folder / "report.html",
@@ -46,40 +51,46 @@ def run_report(folder: Path, summary: Row, metrics: Sequence[Row]) -> Path:
         metric_curves({name: points(metrics, f"valid_{metric}")}, metric),
         matrix_html(folder / "matrix.json"),
         samples_html({name: summary["samples"]}),
-        settings_html({name: summary}),
+        settings_html({name: [run]}),
     )
 
 
-def compare_report(
-    folder: Path, title: str, runs: Mapping[str, Sequence[tuple[Row, list]]]
-) -> Path:
-    """Write ``report.html`` of several runs: ``{spec: [(summary, metrics) for each seed]}``."""
-    runs = {label(spec): seeds for spec, seeds in runs.items()}
-    first = {name: seeds[0] for name, seeds in runs.items()}
-    summaries = {name: [summary for summary, _ in seeds] for name, seeds in runs.items()}
-    one = next(iter(first.values()))[0]
+def compare_report(folder: Path, title: str, runs: Mapping[str, Sequence[Outcome]]) -> Path:
+    """Write ``report.html`` of several runs, ``{spec: an outcome for each seed}``, one of which at
+    least is finished; returns its path."""
+    runs = {label(spec): outcomes for spec, outcomes in runs.items()}
+    ended = {name: done for name, outcomes in runs.items() if (done := finished(outcomes))}
+    first = {name: done[0] for name, done in ended.items()}
+    summaries = {name: [each.summary for each in done] for name, done in ended.items()}
+    one = next(iter(first.values())).summary
     metric, loss = one["metric"], one["loss"]
     before, quality = one[f"valid_{metric}_before"], MEASURES.get(metric, loss)
     return write_page(
         folder / "report.html",
         title,
-        table_html([table_row(name, each) for name, each in summaries.items()]),
+        table_html([outcomes_row(name, outcomes) for name, outcomes in runs.items()]),
+        left_out_html(diverged_runs(runs)),
         loss_curves(
-            {name: points(metrics, "loss") for name, (_, metrics) in first.items()},
-            {name: points(metrics, "valid_loss") for name, (_, metrics) in first.items()},
+            {name: points(run.metrics, "loss") for name, run in first.items()},
+            {name: points(run.metrics, "valid_loss") for name, run in first.items()},
             loss,
         ),
         metric_curves(
-            {name: points(metrics, f"valid_{metric}") for name, (_, metrics) in first.items()},
-            metric,
+            {name: points(run.metrics, f"valid_{metric}") for name, run in first.items()}, metric
         ),
         *(
             loss_against(what, costs(summaries, cost, metric), before, f"held-out {quality}")
             for cost, what in COSTS.items()
         ),
-        samples_html({name: summary["samples"] for name, (summary, _) in first.items()}),
-        settings_html({name: summary for name, (summary, _) in first.items()}),
+        samples_html({name: run.summary["samples"] for name, run in first.items()}),
+        settings_html(runs),
     )
+
+
+def left_out_html(lost: Sequence[str]) -> str:
+    """Which runs the pictures are without; nothing where that is none."""
+    said = f"Not in the pictures: {'; '.join(lost)}."
+    return f"<p>{html.escape(said)}</p>" if lost else ""
 
 
 def metric_curves(curves: Mapping[str, Points], metric: str) -> str:
@@ -119,27 +130,6 @@ def matrix_html(path: Path) -> str:
         "with a dot were chosen.</p>"
         + heat_map(matrix["rows"], names, matrix["gates"], matrix["chosen"])
     )
-
-
-def settings_html(summaries: Mapping[str, Row]) -> str:
-    """Model, settings, seed, and what was left out of the data."""
-    lines = [
-        f"<p>{html.escape(name)}: {html.escape(str(s['settings']))}, seed {s['seed']}, "
-        f"{s['steps']} steps on {html.escape(s['model'])}."
-        + html.escape(kept_text(s))
-        + "".join(f" {html.escape(note)}." for note in s["notes"])
-        + "</p>"
-        for name, s in summaries.items()
-    ]
-    return "<h2>Settings</h2>" + "".join(lines)
-
-
-def kept_text(summary: Row) -> str:
-    """Which step's adapter was saved, where that is not simply the last's."""
-    if summary.get("kept") != "best":
-        return ""
-    name = MEASURES.get(summary["metric"], summary["metric"])
-    return f" Kept is the adapter of step {summary['kept_step']}, the best by held-out {name}."
 
 
 def points(metrics: Iterable[Row], name: str) -> Points:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import optax
 
-from lora_mini_jax.adapters.sites import Site
+from lora_mini_jax.adapters.sites import Site, methods_of
 from lora_mini_jax.options import Training
 from lora_mini_jax.training.optim import scale_by_element_adam, scale_leaves
 
@@ -60,3 +60,8 @@ def of_length(sites: Iterable[Site], steps: int, given: Iterable[str]) -> tuple[
             method = method.with_settings({"total_steps": steps})
         found.append(replace(site, method=method))
     return tuple(found)
+
+
+def length_notes(sites: Iterable[Site], steps: int) -> list[str]:
+    """What the methods note of a run of so many steps, each once."""
+    return list(dict.fromkeys(note for m in methods_of(sites) for note in m.notes(steps)))

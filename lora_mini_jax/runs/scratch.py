@@ -24,7 +24,7 @@ from lora_mini_jax.methods import Full
 from lora_mini_jax.models import Llama, LlamaConfig
 from lora_mini_jax.models.hub import load_decoder_config
 from lora_mini_jax.options import Pretrain
-from lora_mini_jax.runs.schedule import of_length
+from lora_mini_jax.runs.schedule import length_notes, of_length
 from lora_mini_jax.selection import select
 from lora_mini_jax.tasks.devices import Devices
 from lora_mini_jax.tasks.language import LanguageTask, check_length
@@ -51,7 +51,14 @@ def prepare(options: Pretrain) -> LanguageTask:
     init = jax.jit(lambda key: model.init(key, tokens)["params"], out_shardings=places)
     params = init(as_key(options.seed))
     return LanguageTask(
-        model, params, sites, train, valid, notes=[], tokenizer=tokenizer, prompts=[]
+        model,
+        params,
+        sites,
+        train,
+        valid,
+        notes=length_notes(sites, options.steps),
+        tokenizer=tokenizer,
+        prompts=[],
     )
 
 

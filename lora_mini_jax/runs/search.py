@@ -7,12 +7,12 @@ import optax
 from tqdm import tqdm
 
 from lora_mini_jax.adapters.adapter import Adapter
-from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import write_json, writes
 from lora_mini_jax.methods.diffora import DiffoRA
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.processes import on_host
 from lora_mini_jax.runs.loop import make_evaluate
+from lora_mini_jax.runs.meter import Diverged
 from lora_mini_jax.runs.run import Run
 from lora_mini_jax.runs.schedule import optimizer
 from lora_mini_jax.saved.storage import load, save
@@ -97,9 +97,10 @@ def search(
         if (i + 1) % options.log_every == 0 or i + 1 == steps:
             loss, gate_loss = np.asarray(pending, np.float64).T.mean(1).tolist()
             if not np.isfinite(loss + gate_loss):
-                raise UserError(
+                raise Diverged(
                     f"the search's loss is not finite by its step {i + 1}: lower --learning-rate "
-                    "or --gate-learning-rate, or look at the data"
+                    "or --gate-learning-rate, or look at the data",
+                    step=i - steps,
                 )
             seconds = round(time.monotonic() - began, 3)
             row = {"loss": loss, "gate_loss": gate_loss, "seconds": seconds}
