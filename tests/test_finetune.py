@@ -274,6 +274,32 @@ def test_a_damaged_checkpoint_is_named(finished, place):
     assert ours.read_bytes() == whole.read_bytes()
 
 
+def test_the_validation_split_of_a_folder_is_held_out(place):
+    folder = place / "splits"
+    folder.mkdir()
+    files = [write_data(folder / f"{name}.jsonl", n) for name, n in
+             (("train", 40), ("validation", 9), ("test", 5))]  # fmt: skip
+    given = options(place, data=str(folder), output_dir=str(place / "split"), max_steps=2)
+    said = []
+    summary = finetune(given, say=said.append)
+    note = f"held out: the validation split of {folder}"
+    assert note in said
+    assert note in summary["notes"]
+    one = dataclasses.replace(given, data=str(files[0]), valid=str(files[1]))
+    own, named = prepare(given), prepare(one)
+    assert own.train.fingerprint == named.train.fingerprint
+    assert own.valid.fingerprint == named.valid.fingerprint
+    assert not [note for note in named.notes if "held out" in note]
+    limit, small = {"max_valid_examples": 4}, {"packing": False}
+    assert len(prepare(dataclasses.replace(given, **limit, **small)).valid.packed.tokens) == 4
+    given = dataclasses.replace(given, output_dir=str(place / "split2"), save_every=1)
+    with stopped_at(2), pytest.raises(KeyboardInterrupt):
+        quiet(dataclasses.replace(given, max_steps=3))
+    write_data(files[1], 11)
+    with pytest.raises(UserError, match="holds a run on other data"):
+        quiet(dataclasses.replace(given, max_steps=3))
+
+
 def test_examples_that_are_too_long_are_counted_and_reported(place):
     data = place / "long.jsonl"
     rows = write_data(place / "short.jsonl", 24).read_text()

@@ -34,7 +34,8 @@ class Finetune(Training, AdapterOptions, LabelOptions):
     data: str = ""
     """Training data: a jsonl, json, csv, tsv, parquet or txt file, a folder, or a hub id."""
     valid: str = ""
-    """Held-out data in the same form; without it the last 5% of the training data is held out."""
+    """Held-out data in the same form. Without it the validation split of --data is held out, where
+    that is a folder or a hub data set that has one; else the last 5% of the training data."""
     output_dir: str = "runs/finetune"
     """The run folder: config, metrics, checkpoints, adapter and report."""
 

@@ -30,7 +30,7 @@ from lora_mini_jax.glue import LABEL
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import resolve
 from lora_mini_jax.options import Finetune
-from lora_mini_jax.tasks.data import check_ids, read_data, sources
+from lora_mini_jax.tasks.data import check_ids, held_out_notes, own_split, read_data, sources
 from lora_mini_jax.tasks.devices import reading
 from lora_mini_jax.tasks.head import Head
 from lora_mini_jax.tasks.metrics import classification, f1_is, regression
@@ -48,7 +48,8 @@ class LabelTask(Task):
     def read(cls, options: Finetune) -> Self:
         """See `kinds.prepare`."""
         folder = resolve(options.model)
-        records, called = read_data(options), sources(options)
+        split = own_split(options)
+        records, called = read_data(options, split), sources(options, split)
         field = options.label_field or LABEL
         classes = options.labels
         if options.task == "classification" and not classes:
@@ -64,7 +65,7 @@ class LabelTask(Task):
         check_rows(module, tokenizer, *(rows for rows, _ in parts))
         model, params = head.load(folder, **reading(options, module))
         train, valid = (Batches(rows, options.batch_size, options.seed) for rows, _ in parts)
-        notes = [
+        notes = held_out_notes(options, split) + [
             f"{cut} {name} texts were cut at {options.max_length} tokens"
             for name, (_, cut) in zip(("training", "held-out"), parts, strict=True)
             if cut

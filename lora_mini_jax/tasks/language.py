@@ -30,7 +30,7 @@ from lora_mini_jax.models import load
 from lora_mini_jax.models.hub import load_decoder_config, load_module, resolve
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.scores import Scores
-from lora_mini_jax.tasks.data import check_ids, read_rows
+from lora_mini_jax.tasks.data import check_ids, held_out_notes, own_split, read_rows
 from lora_mini_jax.tasks.devices import reading
 from lora_mini_jax.tasks.sites import planned_sites
 from lora_mini_jax.tasks.task import Task
@@ -56,7 +56,8 @@ class LanguageTask(Task):
         config = cls.config(options, folder)
         sites = cls.planned(options)
         tokenizer = load_tokenizer(folder)
-        train, valid = read_rows(options, cls.recipe(options, config, tokenizer, folder))
+        split = own_split(options)
+        train, valid = read_rows(options, cls.recipe(options, config, tokenizer, folder), split)
         check_ids(tokenizer, config.vocab_size, max(train.top, valid.top))
         model, params = load(folder, **reading(options, load_module(folder)))
         prompts = cls.prompts_of(valid, options, config)
@@ -65,7 +66,7 @@ class LanguageTask(Task):
             params,
             sites,
             *(Batches(part.rows, options.batch_size, options.seed) for part in (train, valid)),
-            notes=notes_of(train, valid, prompts, options),
+            notes=[*held_out_notes(options, split), *notes_of(train, valid, prompts, options)],
             tokenizer=tokenizer,
             prompts=prompts,
             max_new_tokens=options.max_new_tokens,
