@@ -300,6 +300,25 @@ def test_the_validation_split_of_a_folder_is_held_out(place):
         quiet(dataclasses.replace(given, max_steps=3))
 
 
+def test_batches_are_no_larger_than_the_data(place):
+    given = options(place, packing=False, batch_size=500, max_steps=None, samples=0)
+    task = prepare(given)
+    assert [len(part) for part in (task.train, task.valid)] == [1, 1]
+    assert [part.batch_size for part in (task.train, task.valid)] == [46, 2]
+    assert "batches have 46 rows and not 500: there are 46" in task.notes
+    mesh = dataclasses.replace(given, batch_size=512, accumulate=2, mesh="data=4,fsdp=2")
+    task = prepare(mesh)
+    assert [part.batch_size for part in (task.train, task.valid)] == [48, 16]
+    assert "batches have 48 rows and not 512: there are 46" in task.notes
+    said = []
+    summary = finetune(dataclasses.replace(given, output_dir=str(place / "500")), say=said.append)
+    assert summary["steps"] == 2
+    assert "2 steps of 46 rows, 1 in an epoch" in said
+    quiet(dataclasses.replace(given, output_dir=str(place / "46"), batch_size=46))
+    ours, whole = (place / name / "adapter/adapter.safetensors" for name in ("500", "46"))
+    assert ours.read_bytes() == whole.read_bytes()
+
+
 def test_examples_that_are_too_long_are_counted_and_reported(place):
     data = place / "long.jsonl"
     rows = write_data(place / "short.jsonl", 24).read_text()

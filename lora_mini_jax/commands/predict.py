@@ -49,7 +49,8 @@ def run_predict(options: Predict, say: Log = print) -> list[dict[str, Any]]:
     rows, cut = encode(records, unknown, head, module.config, tokenizer, options.data)  # type: ignore[attr-defined]
     check_rows(module, tokenizer, rows)
     model, params, adapter = trained.load(options.allow_different_base, options.dtype, devices)
-    batches = Batches(rows, options.batch_size, seed=0, shuffle=False)
+    size = devices.batch_size(options.batch_size, len(records))
+    batches = Batches(rows, size, seed=0, shuffle=False)
     apply = jax.jit(linen.adapt(model, rows=sharding.of_rows(params)))
     names = ("tokens", "segment_ids", "type_ids")
     each = (devices.batch(batches, i) for i in range(len(batches)))

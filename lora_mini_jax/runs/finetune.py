@@ -55,7 +55,7 @@ def train(run: Run[Finetune], task: Task, steps: int) -> Row:
     folder.create(train=task.train, valid=task.valid)
     for note in task.notes:
         run.say(note)
-    run.say(f"{steps} steps of {options.batch_size} rows, {len(task.train)} in an epoch")
+    run.say(f"{steps} steps of {task.train.batch_size} rows, {len(task.train)} in an epoch")
 
     # Training, with the held-out loss before and after.
     before = task.samples(None)

@@ -78,6 +78,8 @@ def train(run: Run[Pretrain], task: Task) -> Row:
     """All of `pretrain` that writes: the run whose task is prepared; returns its summary."""
     options, folder, devices, say = run.options, run.folder, run.devices, run.say
     folder.create(train=task.train, valid=task.valid)
+    for note in task.notes:
+        say(note)
     say(f"{task.train.packed.loss_mask.sum():,} tokens to train on, "
         f"{task.valid.packed.loss_mask.sum():,} held out")  # fmt: skip
 

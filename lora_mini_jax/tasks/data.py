@@ -1,14 +1,17 @@
 """The data that a run's options name: training and held-out records, and rows made of them."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from lora_mini_jax.data import Tokenizer, read_glue
+from lora_mini_jax.data import Batches, Tokenizer, read_glue
 from lora_mini_jax.data.cache import cache_folder, prepared
 from lora_mini_jax.data.files import Record
 from lora_mini_jax.data.recipe import Part, Recipe
 from lora_mini_jax.data.records import Records, held_out, open_records, validation_split
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.options import Finetune
+from lora_mini_jax.options import Finetune, Training
+from lora_mini_jax.tasks.devices import Devices
 
 HELD_OUT_SHARE = 0.05
 
@@ -82,6 +85,21 @@ def sources(options: Finetune, split: str = "") -> tuple[str, str]:
     """What error messages call the training and the held-out data."""
     train = options.data or f"GLUE's {options.glue}"
     return train, options.valid or (f"the {split} split of {train}" if split else train)
+
+
+def in_batches(options: Training, *parts: Any) -> tuple[Batches, ...]:
+    """Rows of training and held-out data, each in batches, which are no larger than need be: rows
+    of padding take as much memory and time as others."""
+    sized = partial(Devices.of(options).batch_size, options.batch_size, parts=options.accumulate)
+    return tuple(Batches(rows, sized(len(rows.tokens)), options.seed) for rows in parts)
+
+
+def batch_notes(options: Training, train: Batches) -> list[str]:
+    """That batches are smaller than was asked for, in words."""
+    if train.batch_size == options.batch_size:
+        return []
+    return [f"batches have {train.batch_size} rows and not {options.batch_size}: there are "
+            f"{len(train.packed.tokens)}"]  # fmt: skip
 
 
 def check_ids(tokenizer: Tokenizer, vocab_size: int, top: int) -> None:

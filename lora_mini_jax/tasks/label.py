@@ -15,7 +15,6 @@ import optax
 from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.data import (
-    Batches,
     Labelled,
     Tokenizer,
     class_names,
@@ -30,7 +29,15 @@ from lora_mini_jax.glue import LABEL
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import resolve
 from lora_mini_jax.options import Finetune
-from lora_mini_jax.tasks.data import check_ids, held_out_notes, own_split, read_data, sources
+from lora_mini_jax.tasks.data import (
+    batch_notes,
+    check_ids,
+    held_out_notes,
+    in_batches,
+    own_split,
+    read_data,
+    sources,
+)
 from lora_mini_jax.tasks.devices import reading
 from lora_mini_jax.tasks.head import Head
 from lora_mini_jax.tasks.metrics import classification, f1_is, regression
@@ -64,8 +71,8 @@ class LabelTask(Task):
             parts.append(encode(rows, labels, head, module.config, tokenizer, source))
         check_rows(module, tokenizer, *(rows for rows, _ in parts))
         model, params = head.load(folder, **reading(options, module))
-        train, valid = (Batches(rows, options.batch_size, options.seed) for rows, _ in parts)
-        notes = held_out_notes(options, split) + [
+        train, valid = in_batches(options, *(rows for rows, _ in parts))
+        notes = [*held_out_notes(options, split), *batch_notes(options, train)] + [
             f"{cut} {name} texts were cut at {options.max_length} tokens"
             for name, (_, cut) in zip(("training", "held-out"), parts, strict=True)
             if cut
