@@ -6,9 +6,8 @@ import shutil
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from lora_mini_jax.data import Batches
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import (
     locked,
@@ -30,6 +29,15 @@ and how often it writes is not what it computes."""
 LOCK = ".lock"
 PASSING = ("data.json", "metrics.jsonl", "tensorboard", "checkpoints", "matrix.json")
 """What is of no use without a checkpoint, an adapter or a summary."""
+
+
+class Told(Protocol):
+    """What a run depends on and its options only name, such as `Batches`."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash that tells it from others."""
+        ...
 
 
 class RunFolder:
@@ -99,7 +107,7 @@ class RunFolder:
                 self._replaces = self._checked()
             yield
 
-    def create(self, **data: Batches) -> None:
+    def create(self, **data: Told) -> None:
         """Make the folder, with the options in it, and what tells ``data`` from other data.
 
         Raises:
@@ -111,8 +119,9 @@ class RunFolder:
         )
         if path.exists() and read_object(path) != told and not self._nothing_to_lose():
             raise UserError(
-                f"{self.path} holds a run on other data: what its options name, or the tokenizer, "
-                "has changed since it began; give it the same again, or another --output-dir"
+                f"{self.path} holds a run on other data: what its options name, or "
+                "the tokenizer, has changed since it began; give it the same again, or another "
+                "--output-dir"
             )
         if writes():
             with writing(self.path):

@@ -40,6 +40,7 @@ from lora_mini_jax.tasks.data import (
 )
 from lora_mini_jax.tasks.devices import reading
 from lora_mini_jax.tasks.head import Head
+from lora_mini_jax.tasks.initial import kept_head
 from lora_mini_jax.tasks.metrics import classification, f1_is, regression
 from lora_mini_jax.tasks.sites import planned_sites
 from lora_mini_jax.tasks.task import Task
@@ -58,7 +59,7 @@ class LabelTask(Task):
         split = own_split(options)
         records, called = read_data(options, split), sources(options, split)
         field = options.label_field or LABEL
-        classes = options.labels
+        classes = named_classes(options)
         if options.task == "classification" and not classes:
             classes = class_names(records[0], field, called[0])
         head = _head(options, classes)
@@ -168,10 +169,22 @@ def check_rows(module: Any, tokenizer: Tokenizer, *parts: Labelled) -> None:
 
 
 def _head(options: Finetune, classes: tuple[str, ...]) -> Head:
-    return Head(options.task, classes, options.text_fields, options.max_length, options.seed)
+    """The head of a run; where it begins from an adapter, drawn as the one that was trained."""
+    kept = kept_head(options)
+    seed = kept.seed if kept else options.seed
+    return Head(options.task, classes, options.text_fields, options.max_length, seed)
+
+
+def named_classes(options: Finetune) -> tuple[str, ...]:
+    """The classes that the options name, or else the adapter to begin from; none where nobody
+    does."""
+    kept = kept_head(options)
+    return options.labels or (kept.labels if kept else ())
 
 
 def _sites(options: Finetune, module: Any) -> tuple[Site, ...]:
+    if options.init_adapter:
+        return ()  # they are the adapter's own
     module = module.clone(scan_layers=options.scan_layers)
     return planned_sites(options, module, family_of_module(module).trunk)
 
