@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import peft as theirs
@@ -126,7 +127,7 @@ def test_the_best_is_kept_and_a_mesh_trains_the_same(finished):
 def test_an_adapter_of_peft_trains_on(place, finished, kind):
     first, _ = finished
     model = AutoModelForCausalLM.from_pretrained(first.model)
-    common = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    common: Any = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
     config = (theirs.LoraConfig(r=3, lora_alpha=5, **common) if kind == "lora" else
               theirs.VeraConfig(r=3, **common))  # fmt: skip
     torch.manual_seed(1)
