@@ -62,7 +62,7 @@ def train(run: Run[Finetune], task: Task, steps: int, first: Beginning | None = 
     """All of `finetune` that writes: the run whose task is prepared; returns its summary.
 
     It begins from ``first``, or else from an adapter that it draws."""
-    options, folder, devices = run.options, run.folder, run.devices
+    options, folder = run.options, run.folder
     data: dict[str, Told] = {"train": task.train, "valid": task.valid}
     folder.create(**data, **({"init_adapter": first} if first else {}))
     for note in task.notes:
