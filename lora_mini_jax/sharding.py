@@ -151,9 +151,19 @@ def of_rows(params: Any) -> NamedSharding | None:
     return of_batch(own.mesh) if isinstance(own, NamedSharding) else None
 
 
+def row_parts(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are split into.
+
+    Example:
+        >>> row_parts(make_mesh("data=-1")) == jax.device_count()
+        True
+    """
+    return mesh.shape[DATA] * mesh.shape[FSDP]
+
+
 def check_rows(mesh: Mesh, batch_size: int) -> None:
     """Raise `UserError` unless batches of so many rows can be split over the mesh."""
-    parts = mesh.shape[DATA] * mesh.shape[FSDP]
+    parts = row_parts(mesh)
     if batch_size % parts:
         raise UserError(
             f"a batch of {batch_size} rows cannot be split over data={mesh.shape[DATA]} and "

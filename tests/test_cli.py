@@ -117,6 +117,11 @@ def test_the_base_is_the_adapters_own_unless_another_is_named(place, capsys, tmp
     (tmp_path / "adapter/adapter.json").write_text(json.dumps({**record, "base": ""}))
     said = refused(capsys, "generate", "--adapter", tmp_path / "adapter", *prompt)
     assert "does not say which model it was trained on: give --model" in said
+    (tmp_path / "adapter/adapter.json").write_text(json.dumps({**record, "base": "../chat"}))
+    said = refused(capsys, "generate", "--adapter", tmp_path / "adapter", *prompt)
+    named = f"'../chat', which {tmp_path / 'adapter'} was trained on, is neither a local folder nor"
+    assert named in said
+    assert said.endswith("give its folder as --model, or a hub id")
 
 
 def test_merge_writes_what_transformers_loads_with_equal_logits(place):

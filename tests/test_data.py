@@ -29,6 +29,7 @@ from lora_mini_jax.data import (
     read_records,
     token_loss,
 )
+from lora_mini_jax.data.records import open_records, validation_split
 from lora_mini_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,6 +202,49 @@ def test_folder_with_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UserError) as error:
         read_records(folder, split="nonesuch")
     one_line_error(error, str(folder), "nonesuch")
+
+
+def test_a_split_that_was_saved_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    classes = datasets.Features(y=datasets.ClassLabel(names=["no", "yes"]))
+    one = datasets.Dataset.from_list([{"y": 1}, {"y": 0}, {"y": 1}], classes)
+    one.save_to_disk(tmp_path / "one")
+    assert read_records(tmp_path / "one") == [{"y": "yes"}, {"y": "no"}, {"y": "yes"}]
+    assert read_records(tmp_path / "one", split="test", limit=2) == [{"y": "yes"}, {"y": "no"}]
+    assert validation_split(str(tmp_path / "one")) == ""
+    told = {json.dumps(open_records(tmp_path / "one", limit=n).fingerprint()) for n in (1, 2, 2)}
+    assert len(told) == 2
+    (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(b"no")
+    with pytest.raises(UserError) as error:
+        read_records(tmp_path / "one")
+    one_line_error(error, str(tmp_path / "one"))
+
+
+@pytest.mark.parametrize(("files", "split"), [(("train", "validation", "test"), "validation"),
+                                              (("train", "valid"), "validation"),
+                                              (("train", "dev"), "validation"),
+                                              (("train", "test"), "")])  # fmt: skip
+def test_the_split_that_a_folder_holds_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...], split: str
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    for name in files:
+        (tmp_path / "set" / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    assert validation_split(str(tmp_path / "set")) == split
+    assert validation_split(str(tmp_path / "set" / "train.jsonl")) == ""
+    if split:
+        assert read_records(tmp_path / "set", split=split) == [{"text": files[1]}]
+
+
+def test_the_split_of_a_hub_data_set_may_be_called_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": [], "dev": [], "val": []})
+    assert validation_split("some-one/some.thing") == "val"
+    assert validation_split("no/such.jsonl") == ""
 
 
 def test_hub_id_goes_to_datasets_and_its_errors_are_one_line(

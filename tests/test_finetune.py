@@ -274,6 +274,51 @@ def test_a_damaged_checkpoint_is_named(finished, place):
     assert ours.read_bytes() == whole.read_bytes()
 
 
+def test_the_validation_split_of_a_folder_is_held_out(place):
+    folder = place / "splits"
+    folder.mkdir()
+    files = [write_data(folder / f"{name}.jsonl", n) for name, n in
+             (("train", 40), ("validation", 9), ("test", 5))]  # fmt: skip
+    given = options(place, data=str(folder), output_dir=str(place / "split"), max_steps=2)
+    said = []
+    summary = finetune(given, say=said.append)
+    note = f"held out: the validation split of {folder}"
+    assert note in said
+    assert note in summary["notes"]
+    one = dataclasses.replace(given, data=str(files[0]), valid=str(files[1]))
+    own, named = prepare(given), prepare(one)
+    assert own.train.fingerprint == named.train.fingerprint
+    assert own.valid.fingerprint == named.valid.fingerprint
+    assert not [note for note in named.notes if "held out" in note]
+    limit, small = {"max_valid_examples": 4}, {"packing": False}
+    assert len(prepare(dataclasses.replace(given, **limit, **small)).valid.packed.tokens) == 4
+    given = dataclasses.replace(given, output_dir=str(place / "split2"), save_every=1)
+    with stopped_at(2), pytest.raises(KeyboardInterrupt):
+        quiet(dataclasses.replace(given, max_steps=3))
+    write_data(files[1], 11)
+    with pytest.raises(UserError, match="holds a run on other data"):
+        quiet(dataclasses.replace(given, max_steps=3))
+
+
+def test_batches_are_no_larger_than_the_data(place):
+    given = options(place, packing=False, batch_size=500, max_steps=None, samples=0)
+    task = prepare(given)
+    assert [len(part) for part in (task.train, task.valid)] == [1, 1]
+    assert [part.batch_size for part in (task.train, task.valid)] == [46, 2]
+    assert "batches have 46 rows and not 500: there are 46" in task.notes
+    mesh = dataclasses.replace(given, batch_size=512, accumulate=2, mesh="data=4,fsdp=2")
+    task = prepare(mesh)
+    assert [part.batch_size for part in (task.train, task.valid)] == [48, 16]
+    assert "batches have 48 rows and not 512: there are 46" in task.notes
+    said = []
+    summary = finetune(dataclasses.replace(given, output_dir=str(place / "500")), say=said.append)
+    assert summary["steps"] == 2
+    assert "2 steps of 46 rows, 1 in an epoch" in said
+    quiet(dataclasses.replace(given, output_dir=str(place / "46"), batch_size=46))
+    ours, whole = (place / name / "adapter/adapter.safetensors" for name in ("500", "46"))
+    assert ours.read_bytes() == whole.read_bytes()
+
+
 def test_examples_that_are_too_long_are_counted_and_reported(place):
     data = place / "long.jsonl"
     rows = write_data(place / "short.jsonl", 24).read_text()

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
@@ -15,6 +16,7 @@ from lora_mini_jax import UserError
 from lora_mini_jax.checkpoint import Checkpoints
 from lora_mini_jax.cli import main
 from lora_mini_jax.commands.predict import run_predict
+from lora_mini_jax.data import class_names, class_numbers
 from lora_mini_jax.options import Predict
 from lora_mini_jax.runs.best import Best
 from lora_mini_jax.runs.finetune import finetune
@@ -247,6 +249,9 @@ WRONG = {
     "none": ({}, [{"label": None}], "line 3: field 'label' holds None, which stands for no label"),
     "the test split": ({"labels": ("no", "yes")}, [{"label": -1}], "line 3: .* -1, which stands"),
     "a fraction": ({}, [{"label": 0.5}], "line 3: field 'label' holds 0.5, which is no class"),
+    "a gap": ({}, [{"label": float("nan")}], "line 3: field 'label' holds nan, which stands for"),
+    "several classes": ({}, [{"label": ["yes"]}], r"line 3: field 'label' holds \['yes'\], and one "
+                        "class for each text is supported"),
     "no number": ({"task": "regression", "data": "numbers"}, [{"label": "high"}],
                   "line 3: field 'label' holds 'high', which is no number"),
     "not finite": ({"task": "regression", "data": "numbers"}, [{"label": float("nan")}],
@@ -283,6 +288,17 @@ def test_wrong_data_are_one_clear_line(place, tmp_path, case):
         quiet(given)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_whole_floats_are_whole_numbers():
+    gaps = [{"y": 1.0}, {"y": 0.0}, {"y": 10}]
+    names = class_names(gaps, "y", "x")
+    assert names == ("0", "1", "10")
+    assert class_numbers(gaps, "y", names, "x").tolist() == [1, 0, 2]
+    assert class_numbers(gaps[:2], "y", ("no", "yes"), "x", given=True).tolist() == [1, 0]
+    assert class_numbers(gaps[:1], "y", ("0.5", "1.0"), "x", given=True).tolist() == [1]
+    with pytest.raises(UserError, match=r"-1, which stands for no label"):
+        class_numbers([{"y": -1.0}], "y", names, "x")
 
 
 @pytest.mark.parametrize(("changes", "said"), [
@@ -334,6 +350,25 @@ def test_predictions_replace_predictions_and_nothing_else(finished, place, tmp_p
     said = capsys.readouterr().err
     assert "is for data that has splits" in said
     assert "has no field a, b, only question: name the fields as in the adapter's training" in said
+    saved = tmp_path / "saved"
+    Dataset.from_list([{"a": "word", "b": "word"}]).save_to_disk(saved)
+    argv[argv.index("--data") + 1] = str(saved)
+    main([*argv, str(tmp_path / "out.jsonl")])
+    assert len(lines(tmp_path / "out.jsonl")) == 1
+    with pytest.raises(SystemExit):
+        main([*argv, str(tmp_path / "out.jsonl"), "--split", "train"])
+    assert f"has splits, and {saved} was saved as one: leave" in capsys.readouterr().err
+
+
+def test_the_validation_split_of_a_folder_is_held_out(place, tmp_path):
+    for name, records in {"train": rows(20), "validation": rows(7), "test": rows(3)}.items():
+        write_rows(tmp_path / f"{name}.jsonl", records)
+    task = prepare(options(place, data=str(tmp_path), valid=""))
+    assert [len(part.packed.labels) for part in (task.train, task.valid)] == [20, 7]
+    assert f"held out: the validation split of {tmp_path}" in task.notes
+    write_rows(tmp_path / "validation.jsonl", [{"a": "sun", "b": "sea", "label": "maybe"}])
+    with pytest.raises(UserError, match=r"the validation split of .*record 1.*'maybe'"):
+        prepare(options(place, data=str(tmp_path), valid=""))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_mini_jax import linen, sharding
 from lora_mini_jax.data import Batches, load_tokenizer, read_records
+from lora_mini_jax.data.data_sets import is_one_split
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import write_text, writing
 from lora_mini_jax.options import Predict
@@ -37,9 +38,7 @@ def run_predict(options: Predict, say: Log = print) -> list[dict[str, Any]]:
         raise UserError(f"{options.adapter} was trained for language: give an adapter of finetune "
                         "--task classification or regression, or use generate")  # fmt: skip
     tokenizer = load_tokenizer(trained.base_folder)
-    if options.split != Predict.split and Path(options.data).expanduser().is_file():
-        raise UserError(f"--split {options.split} is for data that has splits, and {options.data} "
-                        "is a file: leave it out")  # fmt: skip
+    check_split(options)
     records = read_records(options.data, split=options.split)
     if missing := [field for field in head.text_fields if field not in records[0]]:
         raise UserError(f"{options.data} has no field {', '.join(missing)}, only "
@@ -50,7 +49,8 @@ def run_predict(options: Predict, say: Log = print) -> list[dict[str, Any]]:
     rows, cut = encode(records, unknown, head, module.config, tokenizer, options.data)  # type: ignore[attr-defined]
     check_rows(module, tokenizer, rows)
     model, params, adapter = trained.load(options.allow_different_base, options.dtype, devices)
-    batches = Batches(rows, options.batch_size, seed=0, shuffle=False)
+    size = devices.batch_size(options.batch_size, len(records))
+    batches = Batches(rows, size, seed=0, shuffle=False)
     apply = jax.jit(linen.adapt(model, rows=sharding.of_rows(params)))
     names = ("tokens", "segment_ids", "type_ids")
     each = (devices.batch(batches, i) for i in range(len(batches)))
@@ -62,6 +62,15 @@ def run_predict(options: Predict, say: Log = print) -> list[dict[str, Any]]:
         say(f"{cut} texts were cut at {head.max_length} tokens")
     say(f"{len(lines)} predictions: {options.output}")
     return lines
+
+
+def check_split(options: Predict) -> None:
+    """Raise `UserError` where a split is asked for of data that has none to choose."""
+    data = Path(options.data).expanduser()
+    said = "is a file" if data.is_file() else "was saved as one" if is_one_split(data) else ""
+    if options.split != Predict.split and said:
+        raise UserError(f"--split {options.split} is for data that has splits, and {options.data} "
+                        f"{said}: leave it out")  # fmt: skip
 
 
 def check_output(output: Path, data: Path) -> None:

@@ -1,23 +1,56 @@
-"""Records of a data set: a folder in the hub's layout, or a name on the hub."""
+"""Records of a data set: a folder in the hub's layout or of ``save_to_disk``, or a hub's name."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from lora_mini_jax.data.files import CHUNK, OneOf, Record, of_table
 from lora_mini_jax.errors import UserError, one_line
 
+VALIDATION = ("validation", "valid", "val", "dev")
+"""What data sets call the split that is held out while one trains. ``datasets`` calls it the first
+where it goes by the names of files; the others are written in a data set's card."""
 
-def load_split(name: str, split: str, limit: int | None, config: str | None = None) -> Any:
-    """A split of a data set, of at most ``limit`` records; ``config`` is one of several in it.
+
+def is_one_split(name: str | Path) -> bool:
+    """Whether it is a folder that ``Dataset.save_to_disk`` wrote: a single split, without a name
+    to ask for."""
+    return all(Path(name, file).is_file() for file in ("state.json", "dataset_info.json"))
+
+
+def held_out_split(name: str) -> str:
+    """The split of `VALIDATION` that a data set has; "" where there is none.
 
     Raises:
         UserError: it cannot be loaded, whatever the reason.
     """
     from datasets import load_dataset
 
+    if is_one_split(name):
+        return ""
+    try:
+        there = load_dataset(name)
+    except Exception as error:  # as in `load_split`
+        raise UserError(f"cannot load data set {name} ({one_line(error)}): check the name and the "
+                        "network, or give a local file") from error  # fmt: skip
+    return next((split for split in VALIDATION if split in there), "")
+
+
+def load_split(name: str, split: str, limit: int | None, config: str | None = None) -> Any:
+    """A split of a data set, of at most ``limit`` records; ``config`` is one of several in it. Of a
+    folder with one split that one, whatever ``split`` says.
+
+    Raises:
+        UserError: it cannot be loaded, whatever the reason.
+    """
+    from datasets import load_dataset, load_from_disk
+
     # What a data set and the network can raise is an open set, and all of it is the user's to fix.
     try:
-        dataset = load_dataset(name, *([config] if config else []), split=split)
+        if is_one_split(name):
+            dataset: Any = load_from_disk(name)
+        else:
+            dataset = load_dataset(name, *([config] if config else []), split=split)
         return dataset.select(range(min(limit or len(dataset), len(dataset))))
     except Exception as error:
         raise UserError(

@@ -1,7 +1,8 @@
 """Texts, or pairs of them, with a class or a number each: records in, rows for an encoder out.
 
 Classes are known by their names. In the data they are strings or whole numbers, which are names
-too (``"0"``), or the places of names that are given.
+too (``"0"``), or the places of names that are given. 1.0 is the whole number 1: columns of whole
+numbers with gaps in them are often written so.
 """
 
 import copy
@@ -191,11 +192,18 @@ def numbers(records: Sequence[Record], field: str, source: str) -> np.ndarray:
 
 def _name(value: Any, names: Sequence[str], where: str, field: str) -> str:
     """A class's name; ``names`` are those that are known, if any are."""
-    if value is None or (str(value) in ("", "-1") and str(value) not in names):
+    known = isinstance(value, str | int | float) and str(value) in names
+    if isinstance(value, float) and value.is_integer() and not known:
+        value = int(value)
+    gap = value is None or (isinstance(value, float) and math.isnan(value))
+    if gap or (str(value) in ("", "-1") and str(value) not in names):
         raise UserError(f"{where}: field {field!r} holds {value!r}, which stands for no label, as "
                         "in GLUE's test split: give data with labels, or name it among "
                         "--labels")  # fmt: skip
-    if not isinstance(value, str | int):
+    if isinstance(value, list | tuple):
+        raise UserError(f"{where}: field {field!r} holds {value!r:.60}, and one class for each "
+                        "text is supported: write a string or a whole number")  # fmt: skip
+    if not (isinstance(value, str | int) or known):
         raise UserError(f"{where}: field {field!r} holds {value!r:.60}, which is no class: write a "
                         "string or a whole number")  # fmt: skip
     return str(value)

@@ -9,9 +9,10 @@
 | ``.parquet`` | one row |
 | ``.txt`` | one block of lines between blank lines: ``{"text": ...}`` |
 
-Text files are UTF-8, with or without a byte-order mark. A folder, or an ``owner/name`` on the
-Hugging Face hub, is read by ``datasets``; there the number of a class becomes its name, and -1,
-which stands for none, ``None``. Nothing here reads pickle or runs a data set's code.
+Text files are UTF-8, with or without a byte-order mark. A folder, files in the hub's layout or what
+``save_to_disk`` wrote, or an ``owner/name`` on the Hugging Face hub, is read by ``datasets``; there
+the number of a class becomes its name, and -1, which stands for none, ``None``. Nothing here reads
+pickle or runs a data set's code.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lora_mini_jax.data.data_sets import load_split, with_names
+from lora_mini_jax.data.data_sets import held_out_split, load_split, with_names
 from lora_mini_jax.data.files import READERS, Record
 from lora_mini_jax.errors import UserError, one_line
 
@@ -62,9 +63,11 @@ def read_records(
     """The records of a file, a folder or a data set on the hub, in their order, as a list.
 
     Args:
-        source: a path with an ending of the table above, a folder in the hub's layout, or an
-            ``owner/name`` of the hub. What exists on disk wins over the hub.
-        split: the split to take from a folder or the hub; a single file has none, so it is unused.
+        source: a path with an ending of the table above, a folder in the hub's layout or of
+            ``save_to_disk``, or an ``owner/name`` of the hub. What exists on disk wins over the
+            hub.
+        split: the split to take from a folder or the hub; a single file has none, nor has a
+            ``Dataset`` that was saved, so it is unused.
         limit: take only the first ``limit`` records (all of them by default). What lies beyond
             them in a file is neither read nor checked.
 
@@ -104,6 +107,19 @@ def open_records(source: str | Path, *, split: str = "train", limit: int | None 
         f"no such file or folder: {source}; give a file that ends in {_allowed()}, "
         "a folder with a data set, or a hub id like owner/name"
     )
+
+
+def validation_split(source: str) -> str:
+    """What a folder, or a data set on the hub, calls the split that it holds out itself; "" where
+    it has none, and of a file.
+
+    Raises:
+        UserError: a data set that cannot be loaded.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return held_out_split(str(path))
+    return held_out_split(source) if not path.exists() and _is_hub_id(source) else ""
 
 
 def held_out(

@@ -25,8 +25,13 @@ COMPANIONS = (
 _DOWNLOADS = ["config.json", "model*.safetensors", "model.safetensors.index.json", *COMPANIONS]
 
 
-def resolve(path_or_id: str | os.PathLike[str], revision: str | None = None) -> Path:
+def resolve(
+    path_or_id: str | os.PathLike[str], revision: str | None = None, *, named_by: str = ""
+) -> Path:
     """The local folder of a model: the one given, or the hub's, downloaded to the usual cache.
+
+    ``named_by`` is the folder of the adapter that names the model, where the user does not; it is
+    for the error message.
 
     Raises:
         UserError: neither a folder nor reachable on the hub, or a revision of a local folder.
@@ -40,9 +45,13 @@ def resolve(path_or_id: str | os.PathLike[str], revision: str | None = None) -> 
     try:
         return _downloaded(os.fspath(path_or_id), revision)
     except Exception as error:  # the hub client raises many kinds, and all mean the same here
+        who = f", which {named_by} was trained on," if named_by else ""
+        how = (
+            "as --model give that model's folder" if named_by else "give a folder with config.json"
+        )
         raise UserError(
-            f"{str(path_or_id)!r} is neither a local folder nor reachable on the hub "
-            f"({type(error).__name__}: {first_line(error, 1000)}): give a folder with config.json "
+            f"{str(path_or_id)!r}{who} is neither a local folder nor reachable on the hub "
+            f"({type(error).__name__}: {first_line(error, 200 if named_by else 1000)}): {how} "
             "or a hub id"
         ) from error
 

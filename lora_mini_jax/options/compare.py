@@ -11,21 +11,23 @@ from lora_mini_jax.options.kinds import allowed, fitted
 from lora_mini_jax.options.numbers import SEED, check_numbers
 from lora_mini_jax.settings.spec import split_spec, to_pairs
 
-OF_A_RUN = ("method", "settings", "seed", "output_dir")
-"""What the comparison itself gives to each of its runs."""
+OF_A_RUN = ("method", "settings", "seed", "output_dir", "init_adapter")
+"""What the comparison itself gives to each of its runs, or, an adapter to begin from, to none."""
 
 
 @dataclass(frozen=True)
 class Compare(Finetune):
     """Compare several methods and seeds on one task, in a table, JSON and plots.
 
-    The config.json of a run, as --config, gives all options except its method, settings and seed.
+    The config.json of a run, as --config, gives all options except its method, settings and seed,
+    and the adapter that it began from: every run of a comparison begins with its own.
     """
 
     # As class variables they are no options any more: each run of a comparison has its own.
     method: ClassVar[str] = ""  # ty: ignore[incompatible-attribute-override]
     seed: ClassVar[int] = 0  # ty: ignore[incompatible-attribute-override]
-    passed_over: ClassVar[tuple[str, ...]] = ("method", "settings", "seed")
+    init_adapter: ClassVar[str] = ""  # ty: ignore[incompatible-attribute-override]
+    passed_over: ClassVar[tuple[str, ...]] = ("method", "settings", "seed", "init_adapter")
 
     output_dir: str = "runs/compare"
     """The folder of the comparison; every run has its own inside."""

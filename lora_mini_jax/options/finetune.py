@@ -1,9 +1,9 @@
 """The options of a fine-tuning run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
-from lora_mini_jax.errors import UserError
+from lora_mini_jax.errors import UserError, flag
 from lora_mini_jax.options.adapter import AdapterOptions
 from lora_mini_jax.options.labels import LabelOptions
 from lora_mini_jax.options.numbers import COUNT, NOT_NEGATIVE, POSITIVE
@@ -12,6 +12,11 @@ from lora_mini_jax.settings.choices import Bits, Overlong
 
 if TYPE_CHECKING:
     from lora_mini_jax.data import Fields
+
+
+OF_AN_ADAPTER = ("method", "target_modules", "exclude_modules", "modules_to_save", "overrides",
+                 "budget")  # fmt: skip
+"""Options that an adapter to begin from leaves nothing to say of, as it does of the settings."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,14 @@ class Finetune(Training, AdapterOptions, LabelOptions):
     data: str = ""
     """Training data: a jsonl, json, csv, tsv, parquet or txt file, a folder, or a hub id."""
     valid: str = ""
-    """Held-out data in the same form; without it the last 5% of the training data is held out."""
+    """Held-out data in the same form. Without it the validation split of --data is held out, where
+    that is a folder or a hub data set that has one; else the last 5% of the training data."""
     output_dir: str = "runs/finetune"
     """The run folder: config, metrics, checkpoints, adapter and report."""
+
+    init_adapter: str = ""
+    """Begin from this adapter, which finetune, lora_mini_jax.save or PEFT wrote: a folder. Method,
+    settings and kernels are the adapter's own."""
 
     text_field: str | None = None
     """Field that holds the text; by default "text", or "messages", "conversations", or "prompt" and
@@ -86,9 +96,20 @@ class Finetune(Training, AdapterOptions, LabelOptions):
         super().__post_init__()
         self.settle(self.eval_every)
         self.record_fields()
-        if self.lora_plus_ratio != 1 and "B" not in (names := self.adapter_method().trained()):
+        if self.init_adapter:
+            self._check_nothing_else()
+        elif self.lora_plus_ratio != 1 and "B" not in (names := self.adapter_method().trained()):
             raise UserError(f"--lora-plus-ratio is for methods that train a B; {self.method} "
                             f"trains {', '.join(sorted(names))}: leave it out")  # fmt: skip
+
+    def _check_nothing_else(self) -> None:
+        """What an adapter brings is not given beside it."""
+        defaults = {field.name: field.default for field in fields(self)}
+        given = [name for name in OF_AN_ADAPTER if getattr(self, name) != defaults[name]]
+        given += self.parsed_settings()
+        if given:
+            raise UserError(f"--init-adapter {self.init_adapter} brings its own method, settings "
+                            f"and kernels: leave out {', '.join(map(flag, given))}")  # fmt: skip
 
     def record_fields(self) -> "Fields":
         """Which fields of a record hold what."""

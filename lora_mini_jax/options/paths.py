@@ -8,7 +8,7 @@ from lora_mini_jax.errors import UserError, flag
 from lora_mini_jax.files import is_address
 
 PATHS = ("model", "adapter", "data", "valid", "prompts", "tokenizer", "shape", "output_dir",
-         "output", "cache_dir")  # fmt: skip
+         "output", "cache_dir", "init_adapter")  # fmt: skip
 """Options that may be paths; the first few may be hub ids too."""
 
 

@@ -43,7 +43,7 @@ class Training(MethodOptions):
     max_length: int = 256
     """Tokens in a row, of a T5 on either side; at most what the model was made for."""
     batch_size: int = 8
-    """Rows in a batch."""
+    """Rows in a batch; all there are, where that is less."""
     learning_rate: float = 1e-2
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

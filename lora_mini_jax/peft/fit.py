@@ -19,6 +19,7 @@ from lora_mini_jax.peft.kinds.kind import Kind, Leaf
 from lora_mini_jax.peft.names import Names, Place
 from lora_mini_jax.peft.tables import obstacle
 from lora_mini_jax.peft.tensors import Tensors, is_copy
+from lora_mini_jax.processes import on_host
 from lora_mini_jax.tree import flatten, float32
 
 
@@ -131,7 +132,7 @@ def _saved(
         due = [name for name in place.tensors if given.saves(name)]
         if not due and not any(name in tensors.whole for name in place.tensors):
             continue
-        old, new = place.split(float32(base[path])), {}
+        old, new = place.split(float32(on_host(base[path]))), {}
         for name in place.tensors:
             if name not in tensors.whole:
                 wrong += [f"{name} is missing"] if due else []

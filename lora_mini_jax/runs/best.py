@@ -1,5 +1,7 @@
 """The adapter of a run's best evaluation, kept on disk while training goes on."""
 
+from typing import Any
+
 from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.runs.folder import RunFolder
 from lora_mini_jax.saved import storage
@@ -23,11 +25,14 @@ class Best:
         metric: what selects, such as ``"accuracy"``. Of equal ones the first is the best; what was
             found before training does not take part.
         base: name of the base model, for the adapter's record.
+        store_outer: as for `storage.save`.
     """
 
-    def __init__(self, folder: RunFolder, task: Task, metric: str, base: str) -> None:
-        self._folder, self._task, self._base = folder, task, base
-        self._metric = metric
+    def __init__(
+        self, folder: RunFolder, task: Task, metric: str, base: str, store_outer: bool = False
+    ) -> None:
+        self._folder, self._task, self._metric = folder, task, metric
+        self._how: dict[str, Any] = {"base": base, "store_outer": store_outer}
 
     @property
     def step(self) -> int | None:
@@ -40,7 +45,7 @@ class Best:
         """Write the state's adapter if its step is the best; what was there before is replaced."""
         if self.step == int(state.step):
             params, record = self._task.params, self._task.record
-            storage.save(self._folder.adapter, state.adapter, params, base=self._base, task=record)
+            storage.save(self._folder.adapter, state.adapter, params, task=record, **self._how)
 
     def load(self) -> Adapter:
         """The best adapter, read back."""

@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from lora_mini_jax.adapters.adapter import Adapter, count
 from lora_mini_jax.adapters.sites import methods_of
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.runs.best import Best
-from lora_mini_jax.runs.folder import Row, RunFolder
+from lora_mini_jax.runs.folder import Row, RunFolder, Told
 from lora_mini_jax.runs.loop import fit
 from lora_mini_jax.runs.meter import typical, waited
 from lora_mini_jax.runs.outcome import Outcome
@@ -16,6 +17,7 @@ from lora_mini_jax.runs.run import Log, Run
 from lora_mini_jax.runs.schedule import length_notes, of_length, optimizer
 from lora_mini_jax.runs.search import check_search, searched
 from lora_mini_jax.saved.storage import save
+from lora_mini_jax.tasks.initial import Beginning, Initial, trained_by
 from lora_mini_jax.tasks.kinds import prepare
 from lora_mini_jax.tasks.task import Task
 from lora_mini_jax.training.calibration import calibrate
@@ -42,31 +44,40 @@ def finetune(options: Finetune, say: Log = print) -> Row:
     if done := run.finished():
         return done
     run.check()
-    task = prepare(options)
+    initial, task, first = Initial.of(options), prepare(options), None
+    if initial:
+        first = initial.load(task.model, task.params, run.devices)
+        notes = [f"begins from {initial.folder}", *task.notes]
+        task = replace(task, sites=first.adapter.sites, notes=notes)
+        run = replace(run, options=trained_by(options, task.sites), given=options)
     check_search(task)
     steps = total_steps(options, len(task.train))
-    sites = of_length(task.sites, steps, options.parsed_settings())
+    # An adapter's own schedule has ended: this one is of this run, whatever its settings say.
+    own = () if first else options.parsed_settings()
+    sites = of_length(task.sites, steps, own)
     task = replace(task, sites=sites, notes=[*task.notes, *length_notes(sites, steps)])
     with run.folder.alone():
-        return train(run, task, steps)
+        return train(run, task, steps, first)
 
 
-def train(run: Run[Finetune], task: Task, steps: int) -> Row:
-    """All of `finetune` that writes: the run whose task is prepared; returns its summary."""
-    options, folder, devices = run.options, run.folder, run.devices
-    folder.create(train=task.train, valid=task.valid)
+def train(run: Run[Finetune], task: Task, steps: int, first: Beginning | None = None) -> Row:
+    """All of `finetune` that writes: the run whose task is prepared; returns its summary.
+
+    It begins from ``first``, or else from an adapter that it draws."""
+    options, folder = run.options, run.folder
+    data: dict[str, Told] = {"train": task.train, "valid": task.valid}
+    folder.create(**data, **({"init_adapter": first} if first else {}))
     for note in task.notes:
         run.say(note)
-    run.say(f"{steps} steps of {options.batch_size} rows, {len(task.train)} in an epoch")
+    run.say(f"{steps} steps of {task.train.batch_size} rows, {len(task.train)} in an epoch")
 
     # Training, with the held-out loss before and after.
-    before = task.samples(None)
-    adapter = devices.draw(task.params, task.sites, options.seed)
-    first = (devices.batch(task.train, i) for i in range(min(CALIBRATION_BATCHES, steps)))
-    adapter = calibrate(adapter, task.params, task.loss, first, has_aux=True)
-    adapter = searched(run, task, adapter, steps)
+    given = first and replace(first.adapter, sites=task.sites)
+    before = task.samples(given)
+    adapter = given or made(run, task, steps)
+    how: dict[str, Any] = {"base": options.model, "store_outer": bool(first and first.store_outer)}
     tx = optimizer(options, steps, adapter.sites, options.lora_plus_ratio)
-    best = Best(folder, task, options.selects_by, options.model) if options.keeps_best else None
+    best = Best(folder, task, options.selects_by, **how) if options.keeps_best else None
     state = fit(run, task, adapter, tx, steps, best)
 
     # After.
@@ -74,7 +85,7 @@ def train(run: Run[Finetune], task: Task, steps: int) -> Row:
     if best:
         kept = best.load()
     else:
-        save(folder.adapter, kept, task.params, base=options.model, task=task.record)
+        save(folder.adapter, kept, task.params, task=task.record, **how)
     samples = [{"prompt": prompt, "before": text, "after": after} for (prompt, text), (_, after)
                in zip(before, task.samples(kept), strict=True)]  # fmt: skip
     step = best.step if best else steps
@@ -82,6 +93,15 @@ def train(run: Run[Finetune], task: Task, steps: int) -> Row:
     run_report(folder.path, Outcome(options, summary, folder.metrics()))
     folder.finish(summary)
     return summary
+
+
+def made(run: Run[Finetune], task: Task, steps: int) -> Adapter:
+    """An adapter to begin from: drawn, then what it takes from data, then what a search chooses."""
+    devices, n = run.devices, min(CALIBRATION_BATCHES, steps)
+    adapter = devices.draw(task.params, task.sites, run.options.seed)
+    batches = (devices.batch(task.train, i) for i in range(n))
+    adapter = calibrate(adapter, task.params, task.loss, batches, has_aux=True)
+    return searched(run, task, adapter, steps)
 
 
 def summarize(

@@ -6,9 +6,8 @@ import shutil
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from lora_mini_jax.data import Batches
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import (
     locked,
@@ -31,6 +30,15 @@ LOCK = ".lock"
 PASSING = ("data.json", "metrics.jsonl", "tensorboard", "checkpoints", "matrix.json",
            "diverged.json")  # fmt: skip
 """What is of no use without a checkpoint, an adapter or a summary."""
+
+
+class Told(Protocol):
+    """What a run depends on and its options only name, such as `Batches`."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash that tells it from others."""
+        ...
 
 
 class RunFolder:
@@ -100,7 +108,7 @@ class RunFolder:
                 self._replaces = self._checked()
             yield
 
-    def create(self, **data: Batches) -> None:
+    def create(self, **data: Told) -> None:
         """Make the folder, with the options in it, and what tells ``data`` from other data.
 
         Raises:
@@ -112,8 +120,9 @@ class RunFolder:
         )
         if path.exists() and read_object(path) != told and not self._nothing_to_lose():
             raise UserError(
-                f"{self.path} holds a run on other data: what its options name, or the tokenizer, "
-                "has changed since it began; give it the same again, or another --output-dir"
+                f"{self.path} holds a run on other data: what its options name, or "
+                "the tokenizer, has changed since it began; give it the same again, or another "
+                "--output-dir"
             )
         if writes():
             with writing(self.path):

@@ -17,15 +17,23 @@ Options = TypeVar("Options", bound=Training)
 
 @dataclass(frozen=True, eq=False)
 class Run(Generic[Options]):
-    """A run's options, and where it writes, works and speaks."""
+    """A run's options, and where it writes, works and speaks.
+
+    Attributes:
+        options: what is done.
+        say: see `Log`.
+        given: the options as the user gave them, and gives them again to go on, where something
+            filled in the others.
+    """
 
     options: Options
     say: Log = print
+    given: Options | None = None
 
     @cached_property
     def folder(self) -> RunFolder:
         """Its folder; errors as in `RunFolder`."""
-        return RunFolder(self.options)
+        return RunFolder(self.given or self.options)
 
     @cached_property
     def devices(self) -> Devices:

@@ -26,6 +26,7 @@ from lora_mini_jax.models.hub import load_decoder_config
 from lora_mini_jax.options import Pretrain
 from lora_mini_jax.runs.schedule import length_notes, of_length
 from lora_mini_jax.selection import select
+from lora_mini_jax.tasks.data import batch_notes, in_batches
 from lora_mini_jax.tasks.devices import Devices
 from lora_mini_jax.tasks.language import LanguageTask, check_length
 from lora_mini_jax.tasks.sites import all_targets
@@ -56,7 +57,7 @@ def prepare(options: Pretrain) -> LanguageTask:
         sites,
         train,
         valid,
-        notes=length_notes(sites, options.steps),
+        notes=[*batch_notes(options, train), *length_notes(sites, options.steps)],
         tokenizer=tokenizer,
         prompts=[],
     )
@@ -109,9 +110,7 @@ def read_texts(options: Pretrain, tokenizer: Tokenizer) -> tuple[Batches, Batche
         raise UserError("every file of --data is held out by --valid: give more files")
     pieces = [encode_texts(part, tokenizer, options.max_length) for part in (texts, held_out)]
     pieces[1] = thinned(pieces[1], options.max_valid_tokens)
-    train, valid = (
-        Batches(pack(part, options.max_length), options.batch_size, options.seed) for part in pieces
-    )
+    train, valid = in_batches(options, *(pack(part, options.max_length) for part in pieces))
     return train, valid
 
 

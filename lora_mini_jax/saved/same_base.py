@@ -22,21 +22,26 @@ def check_bits(record: Record, params: Mapping[str, Any], folder: Path) -> None:
 
 
 def check_base(record: Record, params: Mapping[str, Any], folder: Path) -> None:
-    """Every parameter of the base is what it was in training, as far as a sketch tells: a change of
-    less than a hundredth of its root mean square may go unseen."""
-    stored, base = record.fingerprint, record.base
-    here, paths = fingerprint(params), sorted(flatten(params))
+    """Every parameter of the base is what it was in training."""
+    if differs := difference(record, params):
+        raise UserError(
+            f"{folder} was trained on another base model"
+            f"{f' ({record.base})' if record.base else ''}: {differs}. "
+            "Load the base it was trained on, or allow a different base (--allow-different-base)"
+        )
+
+
+def difference(record: Record, params: Mapping[str, Any]) -> str:
+    """In what the parameters are another base than the one it was trained on, in words; "" where a
+    sketch tells of nothing: a change of less than a hundredth of their root mean square may go
+    unseen."""
+    stored, here, paths = record.fingerprint, fingerprint(params), sorted(flatten(params))
     if len(stored) != len(here):
-        differs = f"it had {len(stored)} parameter arrays, this one has {len(here)}"
-    else:
-        wrong = [p for p, a, b in zip(paths, stored, here, strict=True) if not same(a, b)]
-        if not wrong:
-            return
-        differs = f"{len(wrong)} of {len(here)} parameter arrays differ, the first is {wrong[0]}"
-    raise UserError(
-        f"{folder} was trained on another base model{f' ({base})' if base else ''}: {differs}. "
-        "Load the base it was trained on, or allow a different base (--allow-different-base)"
-    )
+        return f"it had {len(stored)} parameter arrays, this one has {len(here)}"
+    wrong = [p for p, a, b in zip(paths, stored, here, strict=True) if not same(a, b)]
+    if not wrong:
+        return ""
+    return f"{len(wrong)} of {len(here)} parameter arrays differ, the first is {wrong[0]}"
 
 
 def check_drawn(digest: dict, adapter: Adapter, folder: Path, different_base: bool) -> None:

@@ -49,6 +49,12 @@ class Devices:
             sharding.check_rows(mesh, rows)
         return cls(mesh)
 
+    def batch_size(self, asked: int, rows: int, parts: int = 1) -> int:
+        """How many rows a batch has of so many ``rows``: as many as are asked for, or as there are
+        where that is less. The devices, and ``parts``, divide it all the same."""
+        split = (sharding.row_parts(self.mesh) if self.mesh else 1) * parts
+        return min(asked, -(-rows // split) * split)
+
     def params(self, shapes: Mapping[str, Any], targets: Iterable[Target]) -> Any:
         """The sharding of each parameter, as a tree; None without a mesh."""
         return sharding.of_params(self.mesh, shapes, targets) if self.mesh else None

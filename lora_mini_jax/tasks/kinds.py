@@ -4,6 +4,7 @@ from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import load_module
 from lora_mini_jax.options import Finetune
+from lora_mini_jax.tasks.initial import Initial
 from lora_mini_jax.tasks.label import LabelTask
 from lora_mini_jax.tasks.language import LanguageTask
 from lora_mini_jax.tasks.seq2seq import Seq2SeqTask
@@ -19,7 +20,8 @@ def kind_of(options: Finetune) -> type[Task]:
 
 
 def prepare(options: Finetune) -> Task:
-    """Read everything a run needs; whatever is wrong with it shows here, before any training.
+    """Read everything a run needs; whatever is wrong with it shows here, before any training. The
+    sites of an adapter to begin from are not among it: they come with its leaves (`initial`).
 
     Raises:
         UserError: a model, tokenizer or data file that cannot be used, or kernels that the method
@@ -29,5 +31,7 @@ def prepare(options: Finetune) -> Task:
 
 
 def planned(options: Finetune) -> tuple[Site, ...]:
-    """What `prepare` would adapt, from the model's ``config.json`` alone; errors as there."""
-    return kind_of(options).planned(options)
+    """What would be trained, from the model's ``config.json`` alone; errors as for `prepare`, and
+    for an adapter of PEFT's to begin from."""
+    initial = Initial.of(options)
+    return initial.sites if initial else kind_of(options).planned(options)

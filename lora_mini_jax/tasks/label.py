@@ -15,7 +15,6 @@ import optax
 from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.data import (
-    Batches,
     Labelled,
     Tokenizer,
     class_names,
@@ -30,9 +29,18 @@ from lora_mini_jax.glue import LABEL
 from lora_mini_jax.models.families import family_of_module
 from lora_mini_jax.models.hub import resolve
 from lora_mini_jax.options import Finetune
-from lora_mini_jax.tasks.data import check_ids, read_data, sources
+from lora_mini_jax.tasks.data import (
+    batch_notes,
+    check_ids,
+    held_out_notes,
+    in_batches,
+    own_split,
+    read_data,
+    sources,
+)
 from lora_mini_jax.tasks.devices import reading
 from lora_mini_jax.tasks.head import Head
+from lora_mini_jax.tasks.initial import kept_head
 from lora_mini_jax.tasks.metrics import classification, f1_is, regression
 from lora_mini_jax.tasks.sites import planned_sites
 from lora_mini_jax.tasks.task import Task
@@ -48,9 +56,10 @@ class LabelTask(Task):
     def read(cls, options: Finetune) -> Self:
         """See `kinds.prepare`."""
         folder = resolve(options.model)
-        records, called = read_data(options), sources(options)
+        split = own_split(options)
+        records, called = read_data(options, split), sources(options, split)
         field = options.label_field or LABEL
-        classes = options.labels
+        classes = named_classes(options)
         if options.task == "classification" and not classes:
             classes = class_names(records[0], field, called[0])
         head = _head(options, classes)
@@ -63,8 +72,8 @@ class LabelTask(Task):
             parts.append(encode(rows, labels, head, module.config, tokenizer, source))
         check_rows(module, tokenizer, *(rows for rows, _ in parts))
         model, params = head.load(folder, **reading(options, module))
-        train, valid = (Batches(rows, options.batch_size, options.seed) for rows, _ in parts)
-        notes = [
+        train, valid = in_batches(options, *(rows for rows, _ in parts))
+        notes = [*held_out_notes(options, split), *batch_notes(options, train)] + [
             f"{cut} {name} texts were cut at {options.max_length} tokens"
             for name, (_, cut) in zip(("training", "held-out"), parts, strict=True)
             if cut
@@ -160,10 +169,22 @@ def check_rows(module: Any, tokenizer: Tokenizer, *parts: Labelled) -> None:
 
 
 def _head(options: Finetune, classes: tuple[str, ...]) -> Head:
-    return Head(options.task, classes, options.text_fields, options.max_length, options.seed)
+    """The head of a run; where it begins from an adapter, drawn as the one that was trained."""
+    kept = kept_head(options)
+    seed = kept.seed if kept else options.seed
+    return Head(options.task, classes, options.text_fields, options.max_length, seed)
+
+
+def named_classes(options: Finetune) -> tuple[str, ...]:
+    """The classes that the options name, or else the adapter to begin from; none where nobody
+    does."""
+    kept = kept_head(options)
+    return options.labels or (kept.labels if kept else ())
 
 
 def _sites(options: Finetune, module: Any) -> tuple[Site, ...]:
+    if options.init_adapter:
+        return ()  # they are the adapter's own
     module = module.clone(scan_layers=options.scan_layers)
     return planned_sites(options, module, family_of_module(module).trunk)
 

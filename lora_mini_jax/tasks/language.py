@@ -12,7 +12,6 @@ import numpy as np
 from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.adapters.sites import Site
 from lora_mini_jax.data import (
-    Batches,
     Example,
     Packed,
     Tokenizer,
@@ -30,7 +29,14 @@ from lora_mini_jax.models import load
 from lora_mini_jax.models.hub import load_decoder_config, load_module, resolve
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.scores import Scores
-from lora_mini_jax.tasks.data import check_ids, read_rows
+from lora_mini_jax.tasks.data import (
+    batch_notes,
+    check_ids,
+    held_out_notes,
+    in_batches,
+    own_split,
+    read_rows,
+)
 from lora_mini_jax.tasks.devices import reading
 from lora_mini_jax.tasks.sites import planned_sites
 from lora_mini_jax.tasks.task import Task
@@ -56,16 +62,19 @@ class LanguageTask(Task):
         config = cls.config(options, folder)
         sites = cls.planned(options)
         tokenizer = load_tokenizer(folder)
-        train, valid = read_rows(options, cls.recipe(options, config, tokenizer, folder))
+        split = own_split(options)
+        train, valid = read_rows(options, cls.recipe(options, config, tokenizer, folder), split)
         check_ids(tokenizer, config.vocab_size, max(train.top, valid.top))
         model, params = load(folder, **reading(options, load_module(folder)))
         prompts = cls.prompts_of(valid, options, config)
+        batches = in_batches(options, train.rows, valid.rows)
+        notes = [*held_out_notes(options, split), *batch_notes(options, batches[0])]
         return cls(
             model,
             params,
             sites,
-            *(Batches(part.rows, options.batch_size, options.seed) for part in (train, valid)),
-            notes=notes_of(train, valid, prompts, options),
+            *batches,
+            notes=notes + notes_of(train, valid, prompts, options),
             tokenizer=tokenizer,
             prompts=prompts,
             max_new_tokens=options.max_new_tokens,
@@ -74,6 +83,8 @@ class LanguageTask(Task):
     @classmethod
     def planned(cls, options: Finetune) -> tuple[Site, ...]:
         """See `kinds.planned`."""
+        if options.init_adapter:
+            return ()  # they are the adapter's own
         return planned_sites(options, load_module(options.model, scan_layers=options.scan_layers))
 
     @classmethod

@@ -53,7 +53,8 @@ class Trained:
         if not self.base:
             raise UserError(f"{self.folder} does not say which model it was trained on: give "
                             "--model")  # fmt: skip
-        return resolve(self.base)
+        own = self.base == self.record.base
+        return resolve(self.base, named_by=self.folder if own else "")
 
     def load_base(self, dtype: str | None = None, devices: Devices = ONE) -> tuple[Any, Any]:
         """The model and its parameters as they were before training: with the head, the layers
