@@ -16,7 +16,7 @@ from lora_mini_jax.runs.folder import ComparisonFolder, Row
 from lora_mini_jax.runs.run import Log
 
 METHODS = (
-    "lora-mini:rank=4,a=32,b=32,outer_init=svd,learning_rate=0.05",
+    "lora-mini:rank=4,a=32,b=32,outer_init=gradient,learning_rate=0.05",
     "lora:rank=8,learning_rate=0.005",
 )
 BLOCK = 600  # characters in a record; with this tokenizer and this prose about 200 tokens
