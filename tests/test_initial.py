@@ -67,7 +67,8 @@ def test_a_run_goes_on_where_another_has_ended(finished, monkeypatch):
     monkeypatch.setattr(module, "calibrate", lambda *_, **__: pytest.fail("calibrated anew"))
     given, said = after(first, "more", learning_rate=3e-3), []
     found = finetune(given, say=said.append)
-    assert f"begins from {first.output_dir}/adapter" in said
+    kernels = "7 kernels: lora-mini, 3 kernels: full"
+    assert f"begins from {first.output_dir}/adapter ({kernels})" in said
     assert found["valid_loss_before"] == pytest.approx(summary["valid_loss_after"], rel=1e-6)
     assert found["valid_loss_after"] < found["valid_loss_before"]
     assert [found[n] for n in ("method", "settings", "trainable")] == [

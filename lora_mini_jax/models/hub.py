@@ -46,9 +46,7 @@ def resolve(
         return _downloaded(os.fspath(path_or_id), revision)
     except Exception as error:  # the hub client raises many kinds, and all mean the same here
         who = f", which {named_by} was trained on," if named_by else ""
-        how = (
-            "as --model give that model's folder" if named_by else "give a folder with config.json"
-        )
+        how = "give its folder as --model," if named_by else "give a folder with config.json"
         raise UserError(
             f"{str(path_or_id)!r}{who} is neither a local folder nor reachable on the hub "
             f"({type(error).__name__}: {first_line(error, 200 if named_by else 1000)}): {how} "

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from lora_mini_jax.adapters.adapter import Adapter, count
+from lora_mini_jax.adapters.adapter import Adapter, count, kernels_text
 from lora_mini_jax.adapters.sites import methods_of
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.runs.best import Best
@@ -47,9 +47,10 @@ def finetune(options: Finetune, say: Log = print) -> Row:
     initial, task, first = Initial.of(options), prepare(options), None
     if initial:
         first = initial.load(task.model, task.params, run.devices)
-        notes = [f"begins from {initial.folder}", *task.notes]
-        task = replace(task, sites=first.adapter.sites, notes=notes)
-        run = replace(run, options=trained_by(options, task.sites), given=options)
+        sites = first.adapter.sites
+        notes = [f"begins from {initial.folder} ({kernels_text(sites)})", *task.notes]
+        task = replace(task, sites=sites, notes=notes)
+        run = replace(run, options=trained_by(options, sites), given=options)
     check_search(task)
     steps = total_steps(options, len(task.train))
     # An adapter's own schedule has ended: this one is of this run, whatever its settings say.
