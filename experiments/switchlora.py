@@ -162,7 +162,7 @@ def measured(given: Pretrain, reporting: Path) -> Row:
     loss = held_out_loss(folder.model, reporting, given.max_length)
     curve = [
         {key: row[key] for key in ("step", "loss", "valid_loss", "seconds") if key in row}
-        for row in folder.metrics()
+        for row in folder.metrics.rows()
     ]
     shutil.rmtree(folder.path)
     found = {key: summary[key] for key in KEPT}

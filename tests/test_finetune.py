@@ -84,7 +84,7 @@ def test_with_data_at_hand_outer_factors_come_from_gradients_and_are_saved(place
 
 def test_the_loss_is_measured_before_and_after(finished, place):
     _, summary = finished
-    rows = RunFolder(finished[0]).metrics()
+    rows = RunFolder(finished[0]).metrics.rows()
     held_out = {row["step"]: row["valid_loss"] for row in rows if "valid_loss" in row}
     assert sorted(held_out) == [0, 3, 6]
     assert held_out[0] == summary["valid_loss_before"] > held_out[6] == summary["valid_loss_after"]
@@ -113,7 +113,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(finished, place):
     for name in ("adapter.json", "adapter.safetensors"):
         ours, whole = (place / f / "adapter" / name for f in ("stopped", "finished"))
         assert ours.read_bytes() == whole.read_bytes()
-    steps = [row["step"] for row in RunFolder(given).metrics()]
+    steps = [row["step"] for row in RunFolder(given).metrics.rows()]
     assert steps == sorted(steps), "the metrics of steps done twice are kept once"
 
 
@@ -142,7 +142,7 @@ def test_another_config_replaces_one_that_came_to_nothing(place):
     given = options(place, output_dir=str(place / "nothing"), save_every=2, max_steps=3)
     with stopped_at(1), pytest.raises(KeyboardInterrupt):
         quiet(given)
-    assert {row["step"] for row in RunFolder(given).metrics()} == {0}
+    assert {row["step"] for row in RunFolder(given).metrics.rows()} == {0}
     given = dataclasses.replace(given, learning_rate=0.5)
     with stopped_at(2), pytest.raises(KeyboardInterrupt):
         quiet(given)
@@ -210,7 +210,7 @@ def test_of_a_run_that_came_to_nothing_nothing_stays(place):
     other: Any = SimpleNamespace(fingerprint="other")
     folder = RunFolder(given)
     folder.create(train=one)
-    folder.log([{"step": 0}])
+    folder.metrics.log([{"step": 0}])
     (folder.path / "tensorboard").mkdir()
     (folder.path / "tensorboard" / "events").write_text("some")
     RunFolder(given).create(train=other)
@@ -223,13 +223,13 @@ def test_of_a_run_that_came_to_nothing_nothing_stays(place):
 def test_lines_after_a_step_are_forgotten_and_one_that_is_cut_short_is_none(place):
     folder = RunFolder(options(place, output_dir=str(place / "lines")))
     folder.create()
-    folder.log({"step": step} for step in (0, 2, 2, 4))
+    folder.metrics.log({"step": step} for step in (0, 2, 2, 4))
     with open(folder.path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
-    assert [row["step"] for row in folder.metrics()] == [0, 2, 2, 4]
-    folder.rewind(2)
-    folder.log([{"step": 3}])
-    assert [row["step"] for row in folder.metrics()] == [0, 2, 2, 3]
+    assert [row["step"] for row in folder.metrics.rows()] == [0, 2, 2, 4]
+    folder.metrics.rewind(2)
+    folder.metrics.log([{"step": 3}])
+    assert [row["step"] for row in folder.metrics.rows()] == [0, 2, 2, 3]
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(place):
@@ -379,7 +379,7 @@ def test_dropout_is_for_training_and_not_for_evaluation(finished, place):
     given = dataclasses.replace(plain, settings=settings, output_dir=str(place / "dropped"))
     dropped = quiet(given)
     assert dropped["valid_loss_before"] == summary["valid_loss_before"]
-    losses = [[row["loss"] for row in RunFolder(of).metrics() if "loss" in row]
+    losses = [[row["loss"] for row in RunFolder(of).metrics.rows() if "loss" in row]
               for of in (plain, given)]  # fmt: skip
     assert losses[0]
     assert all(one != other for one, other in zip(*losses, strict=True))

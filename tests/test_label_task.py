@@ -54,7 +54,7 @@ def lines(path):
 
 def test_an_easy_rule_is_learned_and_the_first_best_is_kept(finished, place):
     given, summary = finished
-    found = {r["step"]: r for r in RunFolder(given).metrics() if "valid_accuracy" in r}
+    found = {r["step"]: r for r in RunFolder(given).metrics.rows() if "valid_accuracy" in r}
     assert sorted(found) == [0, 4, 8, 12, 16, 20, 24], "once an epoch"
     assert summary["valid_accuracy_after"] == summary["valid_f1_after"] == 1.0
     assert summary["valid_accuracy_before"] < 1.0
@@ -137,7 +137,9 @@ def test_a_worse_state_after_the_best_is_not_kept(place):
         samples=0,
     )
     summary = quiet(given)
-    loss = {r["step"]: r["valid_loss"] for r in RunFolder(given).metrics() if "valid_loss" in r}
+    loss = {
+        r["step"]: r["valid_loss"] for r in RunFolder(given).metrics.rows() if "valid_loss" in r
+    }
     after = {step: value for step, value in loss.items() if step}
     assert summary["valid_loss_after"] == min(after.values())
     assert summary["kept_step"] == min(after, key=lambda step: after[step]) < 4

@@ -102,7 +102,7 @@ def test_a_run_reads_each_batch_once_and_says_how_long_it_waited(
     )
     found = finetune(given, say=lambda line: None)
     assert asked == [0, 1, 2, 3]
-    rows = [row for row in RunFolder(given).metrics() if "data_wait_share" in row]
+    rows = [row for row in RunFolder(given).metrics.rows() if "data_wait_share" in row]
     assert len(rows) == 4
     assert 0.2 < found["data_wait_share"] <= 1
 
@@ -141,7 +141,7 @@ def test_a_line_of_metrics_is_of_the_steps_and_the_seconds_since_the_last(
     given = options(tmp_path, log_every=2)
     folder = RunFolder(given)
     folder.create()
-    folder.log([{"step": 3, "seconds": 50.0}])
+    folder.metrics.log([{"step": 3, "seconds": 50.0}])
     memory = SimpleNamespace(argument_size_in_bytes=10, output_size_in_bytes=5,
                              alias_size_in_bytes=3, temp_size_in_bytes=2)  # fmt: skip
     compiled: Any = SimpleNamespace(memory_analysis=lambda: memory)
@@ -163,7 +163,7 @@ def test_a_line_of_metrics_is_of_the_steps_and_the_seconds_since_the_last(
         with pytest.raises(UserError, match=r"loss 3\.0 with gradient norm inf at step 10"):
             step(3, np.inf)
     same = {"tokens_per_second": 2.0, "step_seconds": 4.0, "data_wait_share": 0.25}
-    assert folder.metrics() == [
+    assert folder.metrics.rows() == [
         {"step": 3, "seconds": 50.0},
         {"step": 3, "step_bytes": 14, "seconds": 71.0},
         {"step": 4, "loss": 1.0, "grad_norm": 5.0, **same, "learning_rate": 30.0, "seconds": 75.0},

@@ -496,7 +496,7 @@ def test_the_other_sharing_rules_and_inner_methods_go_through_a_run(place, inner
 
 def test_the_metrics_and_the_report_show_the_search(finished, place):
     given, summary = finished
-    rows = RunFolder(given).metrics()
+    rows = RunFolder(given).metrics.rows()
     steps = [row["step"] for row in rows]
     assert steps[0] == -20
     assert all(a <= b for a, b in pairwise(steps))
@@ -540,7 +540,7 @@ def test_a_run_killed_in_the_search_or_after_it_ends_the_same(finished, place, m
         ours, whole = (place / run / name for run in ("killed", "whole"))
         assert ours.read_bytes() == whole.read_bytes(), name
     ours, whole = (
-        [row["step"] for row in RunFolder(run).metrics()] for run in (given, finished[0])
+        [row["step"] for row in RunFolder(run).metrics.rows()] for run in (given, finished[0])
     )
     assert ours == whole, "the search's metrics are there once"
 

@@ -38,7 +38,7 @@ class Best:
     def step(self) -> int | None:
         """The step of the best evaluation; None before the first."""
         name, rank = f"valid_{self._metric}", better(self._metric)
-        rows = [row for row in self._folder.metrics() if name in row and row["step"] > 0]
+        rows = [row for row in self._folder.metrics.rows() if name in row and row["step"] > 0]
         return max(rows, key=lambda row: rank(row[name]))["step"] if rows else None
 
     def update(self, state: TrainState) -> None:

@@ -62,14 +62,14 @@ def run(options: Finetune, spec: str, say: Log) -> Outcome:
         if step is None:
             with told_of_memory():
                 summary = finetune(options, say)
-            return Outcome(options, summary, folder.metrics())
+            return Outcome(options, summary, folder.metrics.rows())
     except Diverged as error:
         step = error.step
         folder.set_diverged(step)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     say(f"{diverged_at(step)}, and not run again unless {folder.path} is taken away")
-    return Outcome(options, {}, folder.metrics(), step)
+    return Outcome(options, {}, folder.metrics.rows(), step)
 
 
 def compared(spec: str, one: Outcome) -> Row:

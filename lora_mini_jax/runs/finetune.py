@@ -91,7 +91,7 @@ def train(run: Run[Finetune], task: Task, steps: int, first: Beginning | None = 
                in zip(before, task.samples(kept), strict=True)]  # fmt: skip
     step = best.step if best else steps
     summary = summarize(options, task, kept, folder, step) | {"samples": samples}
-    run_report(folder.path, Outcome(options, summary, folder.metrics()))
+    run_report(folder.path, Outcome(options, summary, folder.metrics.rows()))
     folder.finish(summary)
     return summary
 
@@ -109,7 +109,7 @@ def summarize(
     options: Finetune, task: Task, adapter: Adapter, folder: RunFolder, step: int | None
 ) -> Row:
     """What a finished run found; ``adapter`` is the one that was saved, that of ``step``."""
-    rows = folder.metrics()
+    rows = folder.metrics.rows()
     held_out = [row for row in rows if "valid_loss" in row]
     after = next(row for row in reversed(held_out) if row["step"] == step)
     measures = [name for name in after if name.startswith("valid_")]

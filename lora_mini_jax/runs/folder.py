@@ -1,12 +1,10 @@
-"""The folder of a training run: its config, its metrics, and what makes it safe to start twice."""
+"""The folder of a training run: its config, and what makes it safe to start twice."""
 
-import json
-import os
 import shutil
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import (
@@ -14,14 +12,13 @@ from lora_mini_jax.files import (
     read_json,
     read_object,
     write_json,
-    write_text,
     writes,
     writing,
 )
 from lora_mini_jax.options import Training, defaults, differences, to_json
 from lora_mini_jax.processes import together
+from lora_mini_jax.runs.metrics import Metrics, Row
 
-Row = dict[str, Any]
 ELSEWHERE = ("output_dir", "cache_dir", "mesh", "coordinator", "processes", "process", "remat",
              "log_every", "save_every", "tensorboard")  # fmt: skip
 """Options that a run may go on with another way: where it runs, what it keeps for the backward pass
@@ -55,6 +52,7 @@ class RunFolder:
 
     def __init__(self, options: Training) -> None:
         self.path = Path(options.output_dir)
+        self.metrics = Metrics(self.path)
         self._config, self._saved = to_json(options), self.path / self.saved_as
         self._options = options
         self._replaces = self._checked()
@@ -114,10 +112,7 @@ class RunFolder:
         Raises:
             UserError: training began on other data than this.
         """
-        told, path = (
-            {name: part.fingerprint for name, part in data.items()},
-            self.path / "data.json",
-        )
+        told, path = {n: part.fingerprint for n, part in data.items()}, self.path / "data.json"
         if path.exists() and read_object(path) != told and not self._nothing_to_lose():
             raise UserError(
                 f"{self.path} holds a run on other data: what its options name, or "
@@ -167,37 +162,6 @@ class RunFolder:
     def set_diverged(self, step: int) -> None:
         """Note that the run diverged, so that it is not run again."""
         write_json(self.path / "diverged.json", {"step": step})
-
-    def metrics(self) -> list[Row]:
-        """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return []
-        rows = []
-        for line in path.read_text("utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
-
-    def rewind(self, step: int) -> None:
-        """Forget the metrics after ``step``, which the run is about to do again."""
-        kept = [row for row in self.metrics() if row["step"] <= step]
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-        together("metrics rewound")
-
-    def log(self, rows: Iterable[Row]) -> None:
-        """Append lines to metrics.jsonl."""
-        if writes():
-            self._append("".join(json.dumps(row) + "\n" for row in rows))
-        together("metrics written")
-
-    def _append(self, lines: str) -> None:
-        with writing(self.path), open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(lines)
-            file.flush()
-            os.fsync(file.fileno())
 
 
 class ComparisonFolder(RunFolder):

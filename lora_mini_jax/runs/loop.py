@@ -67,7 +67,7 @@ def fit(
         start = int(state.step)
         if start:
             run.say(f"going on from step {start} of {steps}")
-        folder.rewind(start if start else -1)
+        folder.metrics.rewind(start if start else -1)
         if best and start:
             best.update(state)
         with (

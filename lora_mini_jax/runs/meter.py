@@ -41,7 +41,7 @@ class Meter:
     ) -> None:
         self._options, self._folder, self._step = options, folder, start
         self._rate = rate
-        rows = folder.metrics()
+        rows = folder.metrics.rows()
         self._before = max((row["seconds"] for row in rows), default=0.0)
         self._began, self._last, self._pending = time.monotonic(), time.monotonic(), []
         self._tokens, self._waited = [], 0.0
@@ -141,7 +141,7 @@ class Meter:
 
     def _write(self, row: Row) -> None:
         seconds = round(self._before + time.monotonic() - self._began, 3)
-        self._folder.log([{"step": self._step, **row, "seconds": seconds}])
+        self._folder.metrics.log([{"step": self._step, **row, "seconds": seconds}])
         if self._board:
             for name, value in row.items():
                 self._board.add_scalar(name, value, self._step)

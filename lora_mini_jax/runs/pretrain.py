@@ -103,7 +103,7 @@ def train(run: Run[Pretrain], task: Task) -> Row:
 
 def summarize(options: Pretrain, task: Task, state: TrainState, folder: RunFolder) -> Row:
     """What a finished run found."""
-    rows, config = folder.metrics(), task.model.config
+    rows, config = folder.metrics.rows(), task.model.config
     losses = {row["step"]: row["valid_loss"] for row in rows if "valid_loss" in row}
     size = sum(leaf.size for leaf in jax.tree.leaves(task.params))
     trainable = count(state.adapter)
@@ -155,7 +155,7 @@ def table_row(summary: Row) -> dict[str, str]:
 
 def report(folder: RunFolder, options: Pretrain, summary: Row) -> Path:
     """Write ``report.html``; returns its path."""
-    name, metrics = summary["method"], folder.metrics()
+    name, metrics = summary["method"], folder.metrics.rows()
     return write_page(
         folder.path / "report.html",
         f"Pre-training with {name}",

@@ -88,8 +88,8 @@ def search(
     )
     pending, began = [], time.monotonic()
     before = {"step": -steps, **make_evaluate(task, devices)(adapter), "seconds": 0.0}
-    folder.rewind(-steps - 1)
-    folder.log([before])
+    folder.metrics.rewind(-steps - 1)
+    folder.metrics.log([before])
     for i in tqdm(range(steps), unit="step", desc="search", disable=not writes()):
         batches = devices.batch(train, i), devices.batch(valid, i)
         state, metrics = step(state, task.params, *batches)
@@ -104,6 +104,6 @@ def search(
                 )
             seconds = round(time.monotonic() - began, 3)
             row = {"loss": loss, "gate_loss": gate_loss, "seconds": seconds}
-            folder.log([{"step": i - steps, **row}])
+            folder.metrics.log([{"step": i - steps, **row}])
             pending = []
     return state.adapter
