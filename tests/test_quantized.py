@@ -1,6 +1,5 @@
 """Quantised kernels are used, adapted, trained beside, merged and exported like dense ones."""
 
-import gc
 import json
 import math
 from dataclasses import replace
@@ -174,14 +173,13 @@ def test_to_quantise_takes_little_more_than_a_kernel_in_float32_twice(bits, shap
 
 @pytest.mark.parametrize("method", [LoRA(rank=2), LoRAMini(rank=2, a=4, b=5, outer_init="svd")])
 def test_no_two_quantised_kernels_are_dense_at_once_to_draw_or_to_load_an_adapter(tmp_path, method):
-    targets = [Target(f"layer_{i}/kernel", (128, 256)) for i in range(8)]
+    targets = [Target(f"layer_{i}/kernel", (128, 256)) for i in range(6)]
     dense_bytes = 4 * 128 * 256
-    params = {f"layer_{i}": {"kernel": draws(jnp.zeros((128, 256)), i)} for i in range(8)}
+    params = {f"layer_{i}": {"kernel": draws(jnp.zeros((128, 256)), i)} for i in range(6)}
     small = quantize(params, targets, "nf4")
     del params
 
     def held() -> int:
-        gc.collect()
         return sum(array.nbytes for array in jax.live_arrays())
 
     most, fold = [held()], adapter_module.fold_path
@@ -193,7 +191,7 @@ def test_no_two_quantised_kernels_are_dense_at_once_to_draw_or_to_load_an_adapte
     with mock.patch.object(adapter_module, "fold_path", watched):
         storage.save(tmp_path / "it", init(small, method, targets), small)
         loaded = storage.load(tmp_path / "it", small)
-    assert len(most) == 17
+    assert len(most) == 13
     own = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
     assert max(most) - most[0] < 2 * own + 1.5 * dense_bytes
 

@@ -15,7 +15,6 @@ from lora_mini_jax.adapters.adapter import Adapter
 from lora_mini_jax.adapters.sites import Site, methods_of
 from lora_mini_jax.data.records import digest
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.methods import Full
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.peft import config, tensors
 from lora_mini_jax.saved import storage
@@ -130,7 +129,7 @@ def trained_by(options: Finetune, sites: Sequence[Site]) -> Finetune:
     """The options with the method of these sites in the place of the adapter's folder: the first
     that does not train a parameter whole, if any."""
     methods = methods_of(sites)
-    method = next((m for m in methods if not isinstance(m, Full)), methods[0]).to_dict()
+    method = next((m for m in methods if not m.adapts_any_array), methods[0]).to_dict()
     given = {n: v for n, v in method.items() if n != "method" and v is not None}
     return replace(options, init_adapter="", method=method["method"], settings=to_pairs(given))
 
