@@ -93,7 +93,7 @@ def targets(
     """
     _check_module(model)
     all_rules, this, served = with_own(RULES, rules), object(), set[type]()
-    flat, found = flatten(params), {}
+    flat, found, calls = flatten(params), {}, Counter[str]()
     check_leaves(flat)
 
     def record(module: nn.Module, path: str, view: View) -> None:
@@ -101,9 +101,14 @@ def targets(
         found.setdefault(path, target_of(path, tuple(flat[path].shape), seen, view))
 
     def interceptor(next_call: Callable, args: tuple, kw: dict, context: Any) -> Any:
-        used, y = view_of(context, args, kw, all_rules), next_call(*args, **kw)
+        used = view_of(context, args, kw, all_rules)
         if not used or not beside.of_layer(context.module, used[1], this):
+            return next_call(*args, **kw)
+        before = calls[used[0]]
+        y = next_call(*args, **kw)
+        if calls[used[0]] > before:  # it called its parent, which is what is adapted
             return y
+        calls[used[0]] += 1
         record(context.module, *used)
         served.add(rule_of(type(context.module), all_rules)[0])
         return reads.without_kernel(y, used[1])

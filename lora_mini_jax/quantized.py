@@ -28,7 +28,7 @@ from lora_mini_jax.errors import UserError
 from lora_mini_jax.selection import select
 from lora_mini_jax.settings.checks import require_choice
 from lora_mini_jax.settings.choices import Bits
-from lora_mini_jax.tree import Target, check_fit, flatten, unflatten
+from lora_mini_jax.tree import Target, check_fit, flatten, rounded, unflatten
 
 _TILE = 64
 
@@ -66,7 +66,7 @@ class Quantized(meta.AxisMetadata):
         """The kernel, dense."""
         import qwix
 
-        return qwix.dequantize(self.array).astype(self.dtype)
+        return rounded(qwix.dequantize(self.array), self.dtype)
 
     def replace_boxed(self, val: Any) -> Any:
         """Flax asks for it where a layer changes a parameter; here it becomes a dense one."""
@@ -134,6 +134,9 @@ def quantized(kernel: jax.Array, target: Target, bits: Bits) -> Quantized:
     except ImportError:
         raise UserError("quantised kernels need qwix: pip install qwix") from None
     require_choice("bits", bits, Bits)
+    if isinstance(kernel, Quantized | jax.ShapeDtypeStruct) or not kernel.size:
+        what = "quantised already" if isinstance(kernel, Quantized) else "no array with numbers"
+        raise UserError(f"{target.path} is {what}: give arrays, each once")
     array = _quantized(kernel, replace(target, path=""), bits)
     return Quantized(_split_as(kernel, array), kernel.dtype, bits)
 

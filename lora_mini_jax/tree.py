@@ -7,7 +7,7 @@ guessed from shapes. `selection.select` picks among them.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -48,7 +48,7 @@ class Target:
     ins: tuple[int, ...] = (0,)
     outs: tuple[int, ...] = (1,)
     kind: str = "linear"
-    read: bool = False
+    read: bool = field(default=False, compare=False)
 
     @property
     def module(self) -> str:
@@ -223,6 +223,13 @@ def over_lead(function: Any, lead: int) -> Any:
     for _ in range(lead):
         function = jax.vmap(function)
     return function
+
+
+def rounded(array: jax.Array, dtype: Any) -> jax.Array:
+    """The array in a narrower dtype. Within one program XLA may leave a cast there and back out;
+    here it is rounded all the same."""
+    kept = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(array, kept.nexp, kept.nmant).astype(dtype)
 
 
 def float32(array: jax.Array) -> jax.Array:

@@ -97,6 +97,11 @@ def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(UserError, match="at least one"):
         bank({})
     many, x = bank(own), at.tokens
+    apply = mixed(linen.adapt(at.model))
+    with pytest.raises(UserError, match=r"ids have the shape \(\)"):
+        apply(at.params, many, 0, x)
+    with pytest.raises(UserError, match="there are not 3 rows"):
+        apply(at.params, many, [0, 1, 0], tokens=x[:2])
     for ids, inputs in ((jnp.array([0, 1]), x), (jnp.array([0]), jnp.float32(1))):
         with pytest.raises(UserError, match=f"{len(ids)} ids, and an input of"):
             mixed(linen.adapt(at.model))(at.params, many, ids, inputs)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from lora_mini_jax.data import Fields, Tokenizer, encode_records, load_tokenizer, read_records
+from lora_mini_jax.data.cache import _tokenizer
 from lora_mini_jax.data.encoded import joined
 from lora_mini_jax.data.pairs import pair_stream
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.models.saving import _copy_companions
 from tests.test_data import CHATML, TALK, character_tokenizer, one_line_error, saved
 from tests.test_readme import blocks
 
@@ -167,6 +169,45 @@ def test_parts_of_text_go_to_a_template_that_reads_them_and_else_are_joined() ->
     assert character_tokenizer().decode(wanted) == "user: (a)(b);assistant: cd;"
     wanted, _ = of_transformers({"messages": [{**TALK[0], "content": "a b"}, TALK[1]]}, CHATML)
     assert encoded({"messages": talk}, CHATML).tokens.tolist() == wanted
+
+
+def test_templates_in_a_folder_of_their_own_are_read_and_kept(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "a").mkdir()
+    folder = saved(tmp_path / "a", bos_token="<s>", eos_token="</s>",
+                   tokenizer_class="PreTrainedTokenizerFast")  # fmt: skip
+    (folder / "chat_template.jinja").write_text(CHATML)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text(CALLING)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    for tools in (None, TOOLS):
+        wanted = theirs.apply_chat_template(TALK, tools=tools, tokenize=False)
+        assert ours.apply_chat_template(TALK, tools=tools) == wanted
+        assert ("sea" in wanted) == (tools is not None)
+    copies = tmp_path / "b"
+    copies.mkdir()
+    _copy_companions(folder, copies)
+    assert load_tokenizer(copies).apply_chat_template(TALK, tools=TOOLS) == wanted
+    before = _tokenizer(folder)
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text(CALLING + " ")
+    assert before.keys() == _tokenizer(folder).keys()
+    assert before != _tokenizer(folder)
+
+
+def test_a_comment_in_a_template_writes_no_tools() -> None:
+    with pytest.raises(UserError, match="has tools, and the chat template writes none"):
+        encoded({"messages": TALK, "tools": TOOLS}, "{# tools and tool_calls #}" + CHATML)
+
+
+def test_the_system_of_sharegpt_is_read() -> None:
+    said = [{"from": "human", "value": "ab"}, {"from": "gpt", "value": "cd"}]
+    ours = encoded({"conversations": said, "system": "s"})
+    talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "ab"},
+            {"role": "assistant", "content": "cd"}]  # fmt: skip
+    np.testing.assert_equal(tuple(ours), tuple(encoded({"messages": talk})))
+    twice = {"conversations": [{"from": "system", "value": "t"}, *said], "system": "s"}
+    with pytest.raises(UserError, match="so is the field 'system'"):
+        encoded(twice)
 
 
 def test_sharegpt_is_read_as_messages() -> None:

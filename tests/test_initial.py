@@ -124,6 +124,15 @@ def test_the_best_is_kept_and_a_mesh_trains_the_same(finished):
         np.testing.assert_allclose(a[name], b[name], atol=2e-4, err_msg=name)
 
 
+def test_the_adapter_that_it_began_from_may_be_the_best(finished):
+    first, _ = finished
+    given = after(first, "worse", keep="best", eval_every=2, max_steps=4, learning_rate=3.0)
+    found = quiet(given)
+    assert found["kept_step"] == 0
+    assert found["valid_loss_after"] == found["valid_loss_before"]
+    np.testing.assert_equal(leaves(given), leaves(first))
+
+
 @pytest.mark.parametrize("kind", ["lora", "vera"])
 def test_an_adapter_of_peft_trains_on(place, finished, kind):
     first, _ = finished
@@ -165,6 +174,9 @@ def test_a_head_trains_on_from_where_it_was(labelled, place):
     fewer = [row for row in encoder_runs.rows(20) if row["label"] == "yes"]
     few = encoder_runs.write_rows(place / "few.jsonl", fewer)
     assert quiet(after(first, "few", data=str(few), epochs=1.0))["trainable"] == found["trainable"]
+    places = [row | {"label": float(row["label"] == "yes")} for row in encoder_runs.rows(20)]
+    numbered = encoder_runs.write_rows(place / "numbered.jsonl", places)
+    assert quiet(after(first, "numbered", data=str(numbered), epochs=1.0))["steps"]
 
 
 def test_a_head_of_peft_trains_on(labelled, place):
@@ -217,6 +229,7 @@ def test_a_plan_is_of_the_adapter(finished, place):
     ({"budget": 900}, "leave out --budget"),
     ({"init_adapter": "nowhere"}, "nowhere is no adapter folder"),
     ({"scan_layers": True}, "was trained without --scan-layers: leave out"),
+    ({"quantize": "int8"}, "was trained on a dense base: leave out --quantize"),
     ({"lora_plus_ratio": 2.0, "init_adapter": "full"}, "full trains dense"),
 ])  # fmt: skip
 def test_what_does_not_go_with_an_adapter_is_one_line(finished, place, changes, said):

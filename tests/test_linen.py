@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_mini_jax import (
     Adapter,
@@ -581,6 +582,81 @@ def test_a_table_that_the_model_reads_itself_is_refused_but_where_it_is_trained_
     if by_hand:
         with pytest.raises(UserError, match=r"table/embedding .* let the model call the layer"):
             init(params, LoRA(rank=2), targets)
+
+
+class Norm(nn.Dense):
+    """Built on a layer of Flax's, and reads its kernel."""
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return super().__call__(inputs) / jnp.linalg.norm(self.variables["params"]["kernel"])
+
+
+class Way(nn.Module):
+    """A layer ``d``, called or read in some way; and numbers that are no arrays beside it."""
+
+    way: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Any:
+        scale = self.param("a_number", lambda key: 1.0)
+        d = (Norm if self.way == "subclass" else nn.Dense)(4, name="d")
+        y = d(x)
+
+        def looped(x: jax.Array, once: Any) -> jax.Array:
+            def body(state: Any) -> Any:
+                return state[0] + 1, state[2], once(state[1]), state[3]
+
+            start = jnp.int32(0), x, x, jnp.zeros(4)
+            return jax.lax.while_loop(lambda state: state[0] < 3, body, start)[1]
+
+        ways: Any = {
+            "subclass": lambda: y,
+            "jit and while": lambda: jax.jit(lambda x: looped(x, d))(x),
+            "remat": lambda: jax.checkpoint(lambda x: looped(x, d))(x),
+            "cond": lambda: jax.lax.cond(x.sum() > 0, lambda x: d(x), jnp.sin, x),
+            "custom": lambda: jax.custom_gradient(lambda x: (d(x), lambda g: g))(x),
+            "print": lambda: jax.debug.print("{}", d.variables["params"]["kernel"].sum()) or y,
+            "read in a loop": lambda: looped(x, lambda x: x @ d.variables["params"]["kernel"]),
+            "read in a branch": lambda: jax.lax.cond(
+                x.sum() > 0, lambda x: x @ d.variables["params"]["kernel"], jnp.sin, x
+            ),
+        }
+        return ways[self.way]() * scale
+
+
+@pytest.mark.parametrize(("way", "read"), [
+    ("subclass", True), ("jit and while", False), ("remat", False), ("cond", False),
+    ("custom", False), ("print", False), ("read in a loop", True), ("read in a branch", True),
+])  # fmt: skip
+def test_what_a_model_reads_itself_is_told_through_transformations(way: str, read: bool):
+    model, x = Way(way), draws(jnp.zeros((2, 4)))
+    params = model.init(jax.random.key(0), x)["params"]
+    (target,) = linen.targets(model, params, x)
+    assert (target.path, target.read) == ("d/kernel", read)
+    if not read:
+        adapter = randomised(init(params, LoRA(rank=2), [target]))
+        merged = model.apply({"params": merge(params, adapter)}, x)
+        agree(linen.adapt(model)(params, adapter, x), merged)
+
+
+def test_targets_are_found_on_a_mesh_with_explicit_axes():
+    mesh = jax.make_mesh((4, 2), ("x", "y"), (AxisType.Explicit,) * 2)
+    rows = NamedSharding(mesh, PartitionSpec("x", None))
+    with jax.set_mesh(mesh):
+        model, x = Stacked(), jax.device_put(jnp.ones((8, 6)), rows)
+        params = model.init(jax.random.key(0), jnp.ones((8, 6)))["params"]
+        (target,) = linen.targets(model, params, x)
+    assert target.shape == (2, 6, 6)
+
+
+class Stacked(nn.Module):
+    """Two layers in a scan."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        over: Any = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 2}
+        return nn.scan(Up, **over)()(x, None)[0]
 
 
 def test_a_kernel_in_a_loop_is_not_taken_for_one_that_the_model_reads():

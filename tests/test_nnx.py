@@ -399,7 +399,9 @@ def test_the_models_own_dropout_is_drawn_from_the_calls_key(kind: Any) -> None:
 
 
 def test_a_recurrent_model_needs_no_key_for_its_first_state() -> None:
-    model, x = nnx.RNN(nnx.GRUCell(6, 4, rngs=nnx.Rngs(0))), draws(jnp.zeros((2, 5, 6)), 1.0)
+    rngs = nnx.Rngs(0)
+    cell = nnx.LSTMCell(6, 4, rngs=rngs)
+    model, x = nnx.RNN(cell, rngs=rngs), draws(jnp.zeros((2, 5, 6)), 1.0)
     params, targets = front.parameters(model), front.targets(model, x)
     adapter = randomised(init(params, LoRA(rank=2), targets))
     front.update(model, merge(params, adapter))

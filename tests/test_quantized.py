@@ -196,6 +196,19 @@ def test_no_two_quantised_kernels_are_dense_at_once_to_draw_or_to_load_an_adapte
     assert max(most) - most[0] < 2 * own + 1.5 * dense_bytes
 
 
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_dora_starts_at_a_narrow_base_as_it_is_opened(bits: Any):
+    model, x = nn.Dense(96, use_bias=False), draws(jnp.zeros((4, 64)))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(model, x))
+    targets = linen.targets(model, params, x)
+    small = quantize(params, targets, bits)
+    norm = np.linalg.norm(np.float32(small["kernel"].unbox()), axis=0)
+    adapter = init(small, DoRA(rank=2), targets)
+    np.testing.assert_allclose(adapter.frozen["kernel"]["norm"], norm, rtol=1e-6)
+    with pytest.raises(UserError, match="kernel is quantised already"):
+        quantize(small, targets, bits)
+
+
 def test_a_quantised_tree_goes_onto_a_mesh_as_training_reads_it(tmp_path: Any):
     options = replace(runs.options(tmp_path), quantize="nf4", mesh="fsdp=2,tensor=4")
     module = load_module(options.model)

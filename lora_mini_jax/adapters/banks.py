@@ -131,6 +131,12 @@ def bank(adapters: Mapping[str, Adapter]) -> Bank:
     return Bank(trainable, frozen, common, keys, first.sites, tuple(adapters))
 
 
+def _has_rows(tree: Any, count: int) -> bool:
+    """Whether all arrays of a tree, one at least, have so many rows."""
+    leaves = jax.tree.leaves(tree)
+    return bool(leaves) and all(jnp.shape(leaf)[:1] == (count,) for leaf in leaves)
+
+
 def mixed(apply: Callable[..., Any]) -> Callable[..., Any]:
     """An adapted call in which every row of the batch has an adapter of its own.
 
@@ -163,17 +169,24 @@ def mixed(apply: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def call(params: Any, bank: Bank, ids: jax.Array, *inputs: Any, **kwargs: Any) -> Any:
+        ids = jnp.asarray(ids)
+        if ids.ndim != 1:
+            raise UserError(f"ids have the shape {ids.shape}: give one for each row of the batch")
         bank._check(ids)
         rows = [jnp.shape(x)[:1] for x in jax.tree.leaves(inputs)]
-        if wrong := [of for of in rows if of != jnp.shape(ids)]:
+        if wrong := [of for of in rows if of != ids.shape]:
             raise UserError(f"{len(ids)} ids, and an input of {wrong[0][0] if wrong[0] else 'no'} "
                             "rows: give every row of the batch the id of its adapter")  # fmt: skip
-        own = {name: x for name, x in kwargs.items() if jnp.ndim(x) and len(x) == len(ids)}
+        own = {name: x for name, x in kwargs.items() if _has_rows(x, len(ids))}
         rest = {name: x for name, x in kwargs.items() if name not in own}
 
         def row(leaves: Any, inputs: Any, own: Any) -> Any:
             inputs, own = jax.tree.map(lambda x: x[None], (inputs, own))
             y = apply(params, bank._adapter(*leaves), *inputs, **own, **rest)
+            if any(jnp.shape(leaf)[:1] != (1,) for leaf in jax.tree.leaves(y)):
+                raise UserError(f"one row gave several: of {', '.join(rest) or 'what is given'} by "
+                                f"keyword there are not {len(ids)} rows, as there are "
+                                "ids")  # fmt: skip
             return jax.tree.map(lambda leaf: leaf[0], y)
 
         return jax.vmap(row)(bank._own(ids), inputs, own)

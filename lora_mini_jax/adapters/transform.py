@@ -4,7 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
+
 from lora_mini_jax.adapters.adapter import Adapter, check_adapter, check_calibrated
+from lora_mini_jax.errors import UserError
 from lora_mini_jax.method import Factors, Method
 from lora_mini_jax.tree import check_fit, flatten, kernels_of, over_lead, unflatten
 
@@ -25,7 +28,8 @@ def merge(params: Mapping[str, Any], adapter: Adapter, dtype: Any = None) -> dic
 
     Raises:
         UserError: an adapted kernel that ``params`` does not have, or in another shape; something
-            else in the adapter's place; factors that come from data and have not been made yet.
+            else in the adapter's place; factors that come from data and have not been made yet; a
+            dtype of no floating numbers.
 
     Example:
         >>> import jax.numpy as jnp
@@ -35,6 +39,9 @@ def merge(params: Mapping[str, Any], adapter: Adapter, dtype: Any = None) -> dic
         >>> merge(params, adapter)["up"]["kernel"].shape
         (8, 32)
     """
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(f"dtype {dtype!r} is none of floating numbers: give bfloat16, float32 or "
+                        "the like")  # fmt: skip
     return _change(params, adapter, lambda method: method.merge, dtype)
 
 

@@ -25,7 +25,10 @@ def reseed(model: nnx.Module, key: jax.Array) -> None:
 def refuse_to_draw(model: nnx.Module) -> None:
     """Make the streams of the model raise `UserError` where the model draws from them, but for
     those of initial states: recurrent layers ask them for a key, and then make zeros."""
-    for stream in (each for each in _streams(model) if each.tag != "carry"):
+    of_states = {id(value) for _, node in nnx.iter_graph(model)
+                 if isinstance(node, nnx.RNN | nnx.RNNCellBase)
+                 for value in vars(node).values()}  # fmt: skip
+    for stream in (each for each in _streams(model) if id(each) not in of_states):
         stream.__class__ = _refusing(type(stream))
 
 

@@ -24,6 +24,7 @@ from typing import Any
 from lora_mini_jax.data.arrow import Examples, read_rows, write_examples, write_rows
 from lora_mini_jax.data.recipe import Part, Recipe, Tally, in_memory
 from lora_mini_jax.data.records import Records, digest
+from lora_mini_jax.data.tokenizer_folder import TEMPLATES
 from lora_mini_jax.errors import UserError
 from lora_mini_jax.files import read_object, writes, writing
 from lora_mini_jax.processes import together
@@ -102,8 +103,10 @@ def prepared(
 
 def _tokenizer(folder: Path) -> dict[str, str]:
     """What a tokenizer is made of: everything in its folder that it might read."""
-    files = (f for f in folder.iterdir() if f.suffix in _READ_BY_TOKENIZERS and f.is_file())
-    return {"tokenizers": version("tokenizers")} | {file.name: digest(file) for file in files}
+    found = [*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")]
+    files = [file for file in found if file.suffix in _READ_BY_TOKENIZERS and file.is_file()]
+    named = {str(file.relative_to(folder)): digest(file) for file in files}
+    return {"tokenizers": version("tokenizers")} | named
 
 
 def _make(entry: Path, key: dict[str, Any], records: Records, recipe: Recipe, source: str) -> None:

@@ -16,6 +16,8 @@ from lora_mini_jax.errors import UserError
 
 TOOLS = "tools"
 """The field of what the assistant may call, beside the messages."""
+SYSTEM = "system"
+"""The field of the system's message, which ShareGPT's form may have beside the others."""
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
           "system": "system", "tool": "tool", "function": "tool"}  # fmt: skip
 _FORM = 'write {"role": "user", "content": "..."}'
@@ -55,7 +57,7 @@ def conversations(
     for number, (record, lists) in enumerate(zip(records, values, strict=True), first):
         where = f"{source}, {place(record, number)}"
         lists = [
-            _messages(value, f"{where}, field {field!r}")
+            _messages(value, f"{where}, field {field!r}", record if field == fields[0] else {})
             for field, value in zip(fields, lists, strict=True)
         ]
         messages = [message for each in lists for message in each]
@@ -64,10 +66,16 @@ def conversations(
     return found
 
 
-def _messages(messages: Any, where: str) -> list[Message]:
+def _messages(messages: Any, where: str, record: Record) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: {messages!r:.60} is not a list of messages: give one or more")
-    return [_message(each, f"{where}, message {i}") for i, each in enumerate(messages, 1)]
+    found = [_message(each, f"{where}, message {i}") for i, each in enumerate(messages, 1)]
+    system = record.get(SYSTEM)
+    beside = isinstance(messages[0], dict) and "from" in messages[0] and is_text(system) and system
+    if beside and found[0]["role"] == "system":
+        raise UserError(f"{where}: the first message is the system's, and so is the field "
+                        f"{SYSTEM!r}: leave one of them out")  # fmt: skip
+    return [{"role": "system", "content": system}, *found] if beside else found
 
 
 def _message(message: Any, where: str) -> Message:

@@ -57,6 +57,7 @@ def render(
 def _check_known(template: str, messages: Sequence[Message], tools: Tools) -> None:
     """Raise `UserError` for what a template has no word for, and so would leave out in silence."""
     calls = any(message.get("tool_calls") for message in messages)
+    template = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)  # a comment writes nothing
     for name, given in {"tools": tools, "tool_calls": calls}.items():
         if given and not re.search(rf"\b{name}\b", template):
             raise UserError(

@@ -24,6 +24,8 @@ OTHER_FILES = (
     "spm.model",
     "sentencepiece.bpe.model",
 )
+TEMPLATES = "additional_chat_templates"
+"""The folder within it of the chat templates beside the default one."""
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -131,7 +133,9 @@ def _optional(path: Path) -> dict[str, Any]:
 def _chat_templates(path: Path, config: dict[str, Any]) -> dict[str, str]:
     """The chat templates by name: ``default``, and of some models ``tool_use`` among others."""
     if (path / "chat_template.jinja").is_file():
-        return {"default": (path / "chat_template.jinja").read_text(encoding="utf-8")}
+        others = {file.stem: file for file in (path / TEMPLATES).glob("*.jinja")}
+        files = {"default": path / "chat_template.jinja"} | others
+        return {name: file.read_text(encoding="utf-8") for name, file in files.items()}
     given = config.get("chat_template")
     if isinstance(given, list):
         return {item["name"]: item["template"] for item in given}

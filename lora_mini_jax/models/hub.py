@@ -16,7 +16,7 @@ from lora_mini_jax.models.shards import read_downloaded
 GENERATION = "generation_config.json"
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    GENERATION, "chat_template.jinja", "added_tokens.json",
+    GENERATION, "chat_template.jinja", "additional_chat_templates/*.jinja", "added_tokens.json",
     # Of folders without a tokenizer.json: DeBERTa-v3's has spm.model, BERT's older ones vocab.txt,
     # XLM-R's older ones sentencepiece.bpe.model.
     "tokenizer.model", "spm.model", "spiece.model", "sentencepiece.bpe.model",

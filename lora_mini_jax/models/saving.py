@@ -55,10 +55,16 @@ def save(
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         with writing(path):
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        for name in COMPANIONS:
-            if source is not None and (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        if source:
+            _copy_companions(source, folder)
     together("model saved")
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    for file in (found for pattern in COMPANIONS for found in source.glob(pattern)):
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def _hf_tensors(model: Any, params: dict, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:

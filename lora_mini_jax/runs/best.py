@@ -22,23 +22,32 @@ class Best:
     Args:
         folder: the run's.
         task: whose parameters the adapter is for.
-        metric: what selects, such as ``"accuracy"``. Of equal ones the first is the best; what was
-            found before training does not take part.
+        metric: what selects, such as ``"accuracy"``. Of equal ones the first is the best.
         base: name of the base model, for the adapter's record.
         store_outer: as for `storage.save`.
+        begins_trained: whether what is found before training takes part: an adapter that the run
+            begins from may be the best, a fresh one is none.
     """
 
     def __init__(
-        self, folder: RunFolder, task: Task, metric: str, base: str, store_outer: bool = False
+        self,
+        folder: RunFolder,
+        task: Task,
+        metric: str,
+        base: str,
+        store_outer: bool = False,
+        begins_trained: bool = False,
     ) -> None:
         self._folder, self._task, self._metric = folder, task, metric
+        self._first = 0 if begins_trained else 1
         self._how: dict[str, Any] = {"base": base, "store_outer": store_outer}
 
     @property
     def step(self) -> int | None:
         """The step of the best evaluation; None before the first."""
         name, rank = f"valid_{self._metric}", better(self._metric)
-        rows = [row for row in self._folder.metrics.rows() if name in row and row["step"] > 0]
+        found = (row for row in self._folder.metrics.rows() if name in row)
+        rows = [row for row in found if row["step"] >= self._first]
         return max(rows, key=lambda row: rank(row[name]))["step"] if rows else None
 
     def update(self, state: TrainState) -> None:

@@ -41,7 +41,8 @@ def compare(options: Compare, say: Log = print, title: str = "Comparison") -> li
     rows = [compared(spec, one) for spec, outcomes in runs.items() for one in outcomes]
     if len(lost) == len(rows):
         raise UserError(f"every run diverged ({'; '.join(lost)}): give a lower --learning-rate and "
-                        "another --output-dir, or look at the data")  # fmt: skip
+                        "another --output-dir, or correct the data and take this folder "
+                        "away")  # fmt: skip
     folder.finish({"model": options.model, "rows": rows, "options": to_json(options)})
     page = compare_report(folder.path, title, runs)
     say(table_text([outcomes_row(label(spec), outcomes) for spec, outcomes in runs.items()]))

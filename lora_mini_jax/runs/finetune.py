@@ -78,7 +78,9 @@ def train(run: Run[Finetune], task: Task, steps: int, first: Beginning | None = 
     adapter = given or made(run, task, steps)
     how: dict[str, Any] = {"base": options.model, "store_outer": bool(first and first.store_outer)}
     tx = optimizer(options, steps, adapter.sites, options.lora_plus_ratio)
-    best = Best(folder, task, options.selects_by, **how) if options.keeps_best else None
+    best = None
+    if options.keeps_best:
+        best = Best(folder, task, options.selects_by, **how, begins_trained=bool(first))
     state = fit(run, task, adapter, tx, steps, best)
 
     # After.

@@ -77,6 +77,8 @@ def fit(
         ):
             if start == 0:
                 meter.evaluated(evaluate(state.adapter))
+                if best:
+                    best.update(state)
             for done, batch in enumerate(meter.waits(batches), start + 1):
                 if done == start + 1:
                     # JAX keeps the program, and the call takes it: the compiled object itself would

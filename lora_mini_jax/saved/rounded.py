@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.saved.record import Record
-from lora_mini_jax.tree import dense, flatten, unflatten
+from lora_mini_jax.tree import dense, flatten, rounded, unflatten
 
 
 def as_drawn_from(params: Mapping[str, Any], record: Record) -> Mapping[str, Any]:
@@ -38,4 +38,4 @@ class _Rounded:
         return self.kernel.shape
 
     def unbox(self) -> jax.Array:
-        return dense(self.kernel).astype(self.dtype)
+        return rounded(dense(self.kernel), self.dtype)

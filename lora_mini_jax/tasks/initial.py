@@ -150,6 +150,7 @@ def _check_way(options: Finetune, record: Record) -> None:
         raise UserError(f"--init-adapter {options.init_adapter} was trained "
                         f"{'with' if stacked else 'without'} --scan-layers: "
                         f"{'give' if stacked else 'leave out'} --scan-layers")  # fmt: skip
-    if record.quantized not in (None, options.quantize):
-        raise UserError(f"--init-adapter {options.init_adapter} was trained on a base in "
-                        f"{record.quantized}: give --quantize {record.quantized}")  # fmt: skip
+    if record.quantized != options.quantize:
+        base = f"base in {record.quantized}" if record.quantized else "dense base"
+        how = f"give --quantize {record.quantized}" if record.quantized else "leave out --quantize"
+        raise UserError(f"--init-adapter {options.init_adapter} was trained on a {base}: {how}")

@@ -195,4 +195,6 @@ def _labels(
     field = options.label_field or LABEL
     if options.task == "regression":
         return numbers(records, field, source)
-    return class_numbers(records, field, classes, source, given=bool(options.labels))
+    # Where an adapter brings numbers as names, they were the data's own and are no places.
+    words = not all(name.removeprefix("-").isdecimal() for name in named_classes(options))
+    return class_numbers(records, field, classes, source, given=bool(options.labels) or words)
