@@ -11,6 +11,16 @@ import numpy as np
 _LAYER = re.compile(r"((^|_)|layers?|blocks?|stages?|^h)\d+$")
 
 
+def first(path: str) -> str:
+    """The top module of a parameter.
+
+    Example:
+        >>> first("encoder/layer_0/kernel")
+        'encoder'
+    """
+    return path.split("/")[0]
+
+
 def place(path: str) -> tuple[str, str]:
     """The row and column of a kernel where a model is seen as layers by modules.
 

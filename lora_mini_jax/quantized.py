@@ -137,7 +137,7 @@ def quantized(kernel: jax.Array, target: Target, bits: Bits) -> Quantized:
     if isinstance(kernel, Quantized | jax.ShapeDtypeStruct) or not kernel.size:
         what = "quantised already" if isinstance(kernel, Quantized) else "no array with numbers"
         raise UserError(f"{target.path} is {what}: give arrays, each once")
-    array = _quantized(kernel, replace(target, path=""), bits)
+    array = _quantized(kernel, target.anywhere, bits)
     return Quantized(_split_as(kernel, array), kernel.dtype, bits)
 
 

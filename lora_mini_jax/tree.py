@@ -7,7 +7,7 @@ guessed from shapes. `selection.select` picks among them.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -54,6 +54,11 @@ class Target:
     def module(self) -> str:
         """The path of the module that holds the kernel: ``"mlp/up"`` (empty at the root)."""
         return self.path.rpartition("/")[0]
+
+    @property
+    def anywhere(self) -> "Target":
+        """The same without its path, for what is compiled: alike kernels have one program."""
+        return replace(self, path="")
 
     @property
     def lead(self) -> tuple[int, ...]:

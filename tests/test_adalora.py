@@ -1,6 +1,5 @@
 """AdaLoRA: 60 updates are PEFT's, one by one; its schedule, its budget, and what it refuses."""
 
-import os
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +15,7 @@ from lora_mini_jax import TrainState, UserError, init, linen, load, make_train_s
 from lora_mini_jax.checkpoint import Checkpoints
 from lora_mini_jax.methods import AdaLoRA, from_dict
 from tests.cases import draws
-
-if os.environ.get("CI"):
-    import peft
-    import torch
-else:
-    torch = pytest.importorskip("torch")
-    peft = pytest.importorskip("peft")
+from tests.pytorch import peft, torch
 
 WIDTH, HIDDEN, OUT, STEPS = 8, 10, 6, 60
 METHOD = AdaLoRA(

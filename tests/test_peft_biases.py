@@ -3,7 +3,6 @@ and written again, on real PEFT's side and on ours."""
 
 import copy
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,7 @@ from lora_mini_jax import LoRA, UserError, init, linen, merge, models, parameter
 from lora_mini_jax.methods import Full, LoRAMini, VeRA
 from lora_mini_jax.peft import load, names_of, save
 from tests.cases import randomised
-
-if os.environ.get("CI"):
-    import peft
-    import torch
-    import transformers
-else:
-    torch = pytest.importorskip("torch")
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
+from tests.pytorch import peft, torch, transformers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,

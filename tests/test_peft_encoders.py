@@ -1,7 +1,6 @@
 """PEFT's adapters of encoders, bare ones and ones with heads: the same function there and here."""
 
 import copy
-import os
 from typing import Any
 
 import jax
@@ -11,15 +10,7 @@ import pytest
 from lora_mini_jax import LoRA, UserError, init, linen, merge, models, parameters, select
 from lora_mini_jax.peft import load, names_of, save
 from tests.cases import randomised
-
-if os.environ.get("CI"):
-    import peft
-    import torch
-    import transformers
-else:
-    torch = pytest.importorskip("torch")
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
+from tests.pytorch import peft, torch, transformers
 
 BASE: dict[str, Any] = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,

@@ -35,15 +35,7 @@ from lora_mini_jax.peft.kinds import KINDS
 from lora_mini_jax.quantized import quantize
 from lora_mini_jax.saved import storage
 from tests.cases import draws, randomised
-
-if os.environ.get("CI"):
-    import peft
-    import torch
-    import transformers
-else:
-    torch = pytest.importorskip("torch")
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
+from tests.pytorch import peft, torch, transformers
 
 IDS = np.array([[1, 5, 7, 2, 9, 30]])
 TWO = "q_proj|down_proj"  # (16, 16) and (24, 16)

@@ -1,7 +1,6 @@
 """The methods that Hugging Face's PEFT has too: the same weights give the same outputs, gradients,
 updates and merged weights."""
 
-import os
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -15,13 +14,7 @@ import pytest
 
 from lora_mini_jax import LoRA, TrainState, init, linen, make_train_step, merge, select, unmerge
 from lora_mini_jax.methods import AdaLoRA, DoRA, MiSS, OLoRA, PiSSA, VeRA
-
-if os.environ.get("CI"):
-    import peft
-    import torch
-else:
-    torch = pytest.importorskip("torch")
-    peft = pytest.importorskip("peft")
+from tests.pytorch import peft, torch
 
 VOCAB, WIDTH, HIDDEN, OUT = 13, 8, 10, 6
 RNG = np.random.default_rng(0)

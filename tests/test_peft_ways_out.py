@@ -3,7 +3,6 @@ and AdaLoRA as it is once it has been pruned."""
 
 import copy
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,7 @@ from safetensors.numpy import load_file, save_file
 from lora_mini_jax import LoRAMini, UserError, init, linen, merge, models, select
 from lora_mini_jax.methods import AdaLoRA
 from lora_mini_jax.peft import load, names_of, save
-
-if os.environ.get("CI"):
-    import peft
-    import torch
-    import transformers
-else:
-    torch = pytest.importorskip("torch")
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
+from tests.pytorch import peft, torch, transformers
 
 IDS = np.array([[1, 5, 7, 2, 9, 30]])
 QV = ["q_proj", "v_proj", "down_proj"]

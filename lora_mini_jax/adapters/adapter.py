@@ -158,14 +158,16 @@ def draw(
     for site in sites:
         if site.owner:
             continue
-        path, how = site.target.path, replace(site.target, path="")  # alike ones compile once
+        path = site.target.path
         own = key if site.method.shares_draw else fold_path(key, path)
         drawing = jax.jit(
             _draw_one,
             static_argnums=(0, 1),
             out_shardings=(places.trainable[path], places.frozen[path]) if places else None,
         )
-        trainable[path], frozen[path] = drawing(site.method, how, own, kernels[path])
+        trainable[path], frozen[path] = drawing(
+            site.method, site.target.anywhere, own, kernels[path]
+        )
     return Adapter(trainable, frozen, jax.random.key_data(key), sites)
 
 

@@ -17,8 +17,8 @@ from lora_mini_jax.adapters.adapter import Adapter, draw
 from lora_mini_jax.adapters.sites import Site, methods_of
 from lora_mini_jax.forecast.flops import dot_flops
 from lora_mini_jax.hardware import without_kernels
+from lora_mini_jax.layers import first
 from lora_mini_jax.models.families import family_of_module
-from lora_mini_jax.models.family import first
 from lora_mini_jax.models.hub import load_module
 from lora_mini_jax.options import Inspect
 from lora_mini_jax.settings.spec import to_spec

@@ -1,6 +1,7 @@
 """Records of a data set: a folder in the hub's layout or of ``save_to_disk``, or a hub's name."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,8 @@ def held_out_split(name: str) -> str:
 
     if is_one_split(name):
         return ""
-    try:
+    with _loading(f"data set {name}", "the name and the network"):
         there = load_dataset(name)
-    except Exception as error:  # as in `load_split`
-        raise UserError(f"cannot load data set {name} ({one_line(error)}): check the name and the "
-                        "network, or give a local file") from error  # fmt: skip
     return next((split for split in VALIDATION if split in there), "")
 
 
@@ -45,18 +43,24 @@ def load_split(name: str, split: str, limit: int | None, config: str | None = No
     """
     from datasets import load_dataset, load_from_disk
 
-    # What a data set and the network can raise is an open set, and all of it is the user's to fix.
-    try:
+    of = f"data set {name}{f', {config}' if config else ''}"
+    with _loading(f"split {split!r} of {of}", "the name, the split and the network"):
         if is_one_split(name):
             dataset: Any = load_from_disk(name)
         else:
             dataset = load_dataset(name, *([config] if config else []), split=split)
         return dataset.select(range(min(limit or len(dataset), len(dataset))))
+
+
+@contextmanager
+def _loading(what: str, check: str) -> Generator[None]:
+    """Turn what loading a data set raises into a `UserError`: with the network it is an open set,
+    and all of it is the user's to fix."""
+    try:
+        yield
     except Exception as error:
-        raise UserError(
-            f"cannot load split {split!r} of data set {name}{f', {config}' if config else ''} "
-            f"({one_line(error)}): check the name, the split and the network, or give a local file"
-        ) from error
+        raise UserError(f"cannot load {what} ({one_line(error)}): check {check}, or give a local "
+                        "file") from error  # fmt: skip
 
 
 def with_names(dataset: Any) -> Iterator[Record]:

@@ -57,9 +57,8 @@ def render(
 def _check_known(template: str, messages: Sequence[Message], tools: Tools) -> None:
     """Raise `UserError` for what a template has no word for, and so would leave out in silence."""
     calls = any(message.get("tool_calls") for message in messages)
-    template = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)  # a comment writes nothing
     for name, given in {"tools": tools, "tool_calls": calls}.items():
-        if given and not re.search(rf"\b{name}\b", template):
+        if given and not _has(template, rf"\b{name}\b"):
             raise UserError(
                 f"this conversation has {name}, and the chat template writes none: take a model or "
                 f"a template that knows {name}, or leave them out of the data"
@@ -68,9 +67,16 @@ def _check_known(template: str, messages: Sequence[Message], tools: Tools) -> No
 
 def _as_read(template: str, messages: Sequence[Message]) -> Sequence[Message]:
     """The messages with parts of text joined, unless the template takes the text out of them."""
-    if re.search(r"""(\.|\[\s*['"])text\b""", template):
+    if _has(template, r"""(\.|\[\s*['"])text\b"""):
         return messages
     return [_joined(message) for message in messages]
+
+
+@lru_cache(maxsize=32)
+def _has(template: str, pattern: str) -> bool:
+    """Whether a template has this somewhere, comments apart, which write nothing. It is asked for
+    every turn of every conversation."""
+    return re.search(pattern, re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)) is not None
 
 
 def _joined(message: Message) -> Message:

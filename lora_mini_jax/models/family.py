@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_mini_jax.layers import first
 from lora_mini_jax.tree import flatten, unflatten
 
 STACK = "layers"
@@ -21,11 +22,6 @@ _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias":
 def token_inputs() -> tuple[jax.ShapeDtypeStruct, ...]:
     """The inputs of a call that shows all parameters: one token."""
     return (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
-
-
-def first(path: str) -> str:
-    """The top module of a parameter: ``"encoder"`` or ``"classifier"``."""
-    return path.split("/")[0]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_mini_jax.errors import UserError
-from lora_mini_jax.models.family import Family, first
+from lora_mini_jax.layers import first
+from lora_mini_jax.models.family import Family
 from lora_mini_jax.models.tasks import with_head
 from lora_mini_jax.models.tensors import Tensor
 from lora_mini_jax.tree import flatten

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from lora_mini_jax.errors import UserError
+from lora_mini_jax.layers import first
 from lora_mini_jax.selection import OUTPUT_HEADS
 from lora_mini_jax.tree import Target, flatten, parameters
 
@@ -98,7 +99,7 @@ class Place:
     @property
     def is_head(self) -> bool:
         """Whether this belongs to the model's output head."""
-        return self.target.path.split("/")[0] in OUTPUT_HEADS
+        return first(self.target.path) in OUTPUT_HEADS
 
     @property
     def shape(self) -> tuple[int, ...]:

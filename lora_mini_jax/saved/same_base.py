@@ -25,23 +25,25 @@ def check_base(record: Record, params: Mapping[str, Any], folder: Path) -> None:
     """Every parameter of the base is what it was in training."""
     if differs := difference(record, params):
         raise UserError(
-            f"{folder} was trained on another base model"
-            f"{f' ({record.base})' if record.base else ''}: {differs}. "
-            "Load the base it was trained on, or allow a different base (--allow-different-base)"
+            f"{folder} {differs}. Load the base it was trained on, or allow a different base "
+            "(--allow-different-base)"
         )
 
 
 def difference(record: Record, params: Mapping[str, Any]) -> str:
-    """In what the parameters are another base than the one it was trained on, in words; "" where a
-    sketch tells of nothing: a change of less than a hundredth of their root mean square may go
-    unseen."""
+    """That an adapter "was trained on another base model", and in what these parameters differ from
+    it; "" where a sketch tells of nothing: a change of less than a hundredth of their root mean
+    square may go unseen."""
     stored, here, paths = record.fingerprint, fingerprint(params), sorted(flatten(params))
     if len(stored) != len(here):
-        return f"it had {len(stored)} parameter arrays, this one has {len(here)}"
-    wrong = [p for p, a, b in zip(paths, stored, here, strict=True) if not same(a, b)]
-    if not wrong:
-        return ""
-    return f"{len(wrong)} of {len(here)} parameter arrays differ, the first is {wrong[0]}"
+        how = f"it had {len(stored)} parameter arrays, this one has {len(here)}"
+    else:
+        wrong = [p for p, a, b in zip(paths, stored, here, strict=True) if not same(a, b)]
+        if not wrong:
+            return ""
+        how = f"{len(wrong)} of {len(here)} parameter arrays differ, the first is {wrong[0]}"
+    base = f" ({record.base})" if record.base else ""
+    return f"was trained on another base model{base}: {how}"
 
 
 def check_drawn(digest: dict, adapter: Adapter, folder: Path, different_base: bool) -> None:

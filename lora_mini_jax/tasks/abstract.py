@@ -19,9 +19,8 @@ from lora_mini_jax.models.hub import load_module, resolve
 from lora_mini_jax.options import Finetune
 from lora_mini_jax.quantized import quantize
 from lora_mini_jax.selection import select
-from lora_mini_jax.tasks.head import Head
 from lora_mini_jax.tasks.kinds import kind_of, planned
-from lora_mini_jax.tasks.label import LabelTask, check_rows, named_classes
+from lora_mini_jax.tasks.label import LabelTask, check_rows, named_head
 from lora_mini_jax.tasks.language import LanguageTask
 from lora_mini_jax.tasks.seq2seq import Seq2SeqTask
 from lora_mini_jax.tasks.task import Task
@@ -52,10 +51,9 @@ def abstract_task(options: Finetune) -> Task:
 
 
 def _labelled(options: Finetune, folder: Path) -> Task:
-    length, fields = options.max_length, options.text_fields
-    head = Head(options.task, named_classes(options), fields, length, options.seed)
+    head = named_head(options)
     module, kind = head.module(folder), np.float32 if options.task == "regression" else np.int32
-    ids = (np.zeros((1, length), np.int32) for _ in range(3))
+    ids = (np.zeros((1, head.max_length), np.int32) for _ in range(3))
     rows = Labelled(*ids, np.zeros(1, kind), np.zeros(1, bool))
     check_rows(module, NONE, rows)
     return LabelTask(*_parts(options, module, rows), head)

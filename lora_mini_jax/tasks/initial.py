@@ -103,9 +103,8 @@ class Initial:
             told = self._fingerprint(config.FILE, tensors.FILE)
             return Beginning(devices.adapter(adapter), told, True)
         if differs := difference(self.record, params):
-            raise UserError(f"--init-adapter {self.folder} was trained on another base model"
-                            f"{f' ({self.record.base})' if self.record.base else ''}: {differs}. "
-                            "Give that one as --model, with the --dtype it had")  # fmt: skip
+            raise UserError(f"--init-adapter {self.folder} {differs}. Give that one as --model, "
+                            "with the --dtype it had")  # fmt: skip
         if gated(self.record.sites):
             raise UserError(f"--init-adapter {self.folder} has gates of diffora, whose search has "
                             "not ended: give an adapter that finetune wrote")  # fmt: skip

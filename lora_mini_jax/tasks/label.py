@@ -4,7 +4,7 @@ The head is trained whole beside the adapter, from where the base has it or from
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import jax
@@ -59,16 +59,17 @@ class LabelTask(Task):
         split = own_split(options)
         records, called = read_data(options, split), sources(options, split)
         field = options.label_field or LABEL
-        classes = named_classes(options)
-        if options.task == "classification" and not classes:
-            classes = class_names(records[0], field, called[0])
-        head = _head(options, classes)
+        named = head = named_head(options)
+        if options.task == "classification" and not named.labels:
+            head = replace(named, labels=class_names(records[0], field, called[0]))
+        # Where an adapter brings numbers as names, they were the data's own and are no places.
+        words = not all(name.removeprefix("-").isdecimal() for name in named.labels)
         module = head.module(folder)
         sites = _sites(options, module)
         tokenizer = load_tokenizer(folder)
         parts = []
         for rows, source in zip(records, called, strict=True):
-            labels = _labels(options, classes, rows, source)
+            labels = _labels(head, rows, field, source, given=bool(options.labels) or words)
             parts.append(encode(rows, labels, head, module.config, tokenizer, source))
         check_rows(module, tokenizer, *(rows for rows, _ in parts))
         model, params = head.load(folder, **reading(options, module))
@@ -78,13 +79,13 @@ class LabelTask(Task):
             for name, (_, cut) in zip(("training", "held-out"), parts, strict=True)
             if cut
         ]
-        notes += [f1_is(classes)] if classes else []
+        notes += [f1_is(head.labels)] if head.labels else []
         return cls(model, params, sites, train, valid, notes, head)
 
     @classmethod
     def planned(cls, options: Finetune) -> tuple[Site, ...]:
         """See `kinds.planned`; how many classes there are makes no difference to a plan."""
-        return _sites(options, _head(options, options.labels).module(resolve(options.model)))
+        return _sites(options, named_head(options).module(resolve(options.model)))
 
     @property
     def loss_name(self) -> str:
@@ -168,33 +169,24 @@ def check_rows(module: Any, tokenizer: Tokenizer, *parts: Labelled) -> None:
         raise UserError(f"--max-length is too large: {error}") from None
 
 
-def _head(options: Finetune, classes: tuple[str, ...]) -> Head:
-    """The head of a run; where it begins from an adapter, drawn as the one that was trained."""
+def named_head(options: Finetune) -> Head:
+    """The head of a run, with the classes that the options name, or else the adapter to begin from;
+    without any where nobody does. It is drawn as that of such an adapter was."""
     kept = kept_head(options)
-    seed = kept.seed if kept else options.seed
-    return Head(options.task, classes, options.text_fields, options.max_length, seed)
-
-
-def named_classes(options: Finetune) -> tuple[str, ...]:
-    """The classes that the options name, or else the adapter to begin from; none where nobody
-    does."""
-    kept = kept_head(options)
-    return options.labels or (kept.labels if kept else ())
-
-
-def _sites(options: Finetune, module: Any) -> tuple[Site, ...]:
-    if options.init_adapter:
-        return ()  # they are the adapter's own
-    module = module.clone(scan_layers=options.scan_layers)
-    return planned_sites(options, module, family_of_module(module).trunk)
+    labels, seed = options.labels, options.seed
+    if kept:
+        labels, seed = labels or kept.labels, kept.seed
+    return Head(options.task, labels, options.text_fields, options.max_length, seed)
 
 
 def _labels(
-    options: Finetune, classes: Sequence[str], records: Sequence[Record], source: str
+    head: Head, records: Sequence[Record], field: str, source: str, *, given: bool
 ) -> np.ndarray:
-    field = options.label_field or LABEL
-    if options.task == "regression":
+    if head.task == "regression":
         return numbers(records, field, source)
-    # Where an adapter brings numbers as names, they were the data's own and are no places.
-    words = not all(name.removeprefix("-").isdecimal() for name in named_classes(options))
-    return class_numbers(records, field, classes, source, given=bool(options.labels) or words)
+    return class_numbers(records, field, head.labels, source, given)
+
+
+def _sites(options: Finetune, module: Any) -> tuple[Site, ...]:
+    module = module.clone(scan_layers=options.scan_layers)
+    return planned_sites(options, module, family_of_module(module).trunk)

@@ -83,8 +83,6 @@ class LanguageTask(Task):
     @classmethod
     def planned(cls, options: Finetune) -> tuple[Site, ...]:
         """See `kinds.planned`."""
-        if options.init_adapter:
-            return ()  # they are the adapter's own
         return planned_sites(options, load_module(options.model, scan_layers=options.scan_layers))
 
     @classmethod

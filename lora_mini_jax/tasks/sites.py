@@ -7,9 +7,9 @@ import flax.linen as nn
 from lora_mini_jax import linen
 from lora_mini_jax.adapters.budget import within
 from lora_mini_jax.adapters.sites import Site, check_sites, plan_sites
+from lora_mini_jax.layers import first
 from lora_mini_jax.models.families import family_of_module
-from lora_mini_jax.models.family import first
-from lora_mini_jax.options import AdapterOptions, one_or_names
+from lora_mini_jax.options import AdapterOptions, Finetune, one_or_names
 from lora_mini_jax.selection import select
 from lora_mini_jax.tree import Target, parameters
 
@@ -23,13 +23,15 @@ def all_targets(model: nn.Module) -> tuple[tuple[Target, ...], tuple[Target, ...
 
 
 def planned_sites(
-    options: AdapterOptions, model: nn.Module, trunk: Sequence[str] = ()
+    options: Finetune, model: nn.Module, trunk: Sequence[str] = ()
 ) -> tuple[Site, ...]:
-    """The sites of a model.
+    """The sites of a model; none where the run begins from an adapter, which brings its own.
 
     ``trunk`` are the top modules beside which a head is trained whole, unless ``modules_to_save``
     says what is. A kernel of that head is the method's only where ``target_modules`` names it.
     """
+    if options.init_adapter:
+        return ()
     kernels, everything = all_targets(model)
     head = [t for t in everything if trunk and first(t.path) not in trunk]
     return sites_among(options, kernels, everything, head)

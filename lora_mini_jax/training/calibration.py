@@ -69,8 +69,8 @@ def calibrate(
     found = _seen(sites, params, loss_fn, batches, has_aux)
     kernels, frozen = kernels_of(params, [s.target for s in sites]), dict(adapter.frozen)
     for site in sites:
-        path, how = site.target.path, replace(site.target, path="")  # alike ones compile once
-        made = _make(site.method, how, kernels[path], found[path])
+        path = site.target.path
+        made = _make(site.method, site.target.anywhere, kernels[path], found[path])
         frozen[path] = jax.block_until_ready(made)  # one program at a time, see `_summed_gradient`
     return replace(adapter, frozen=frozen)
 
